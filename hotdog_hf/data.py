@@ -1,0 +1,325 @@
+"""Photos on disk -> a `datasets` DatasetDict -> batches, in an order that depends on the seed alone.
+
+A data folder is `train/<class>/*` and `test/<class>/*`, optionally `validation/` (`val`, `valid`).
+"""
+
+import io
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from torchvision.transforms import v2
+
+from hotdog_hf.errors import UserError
+
+SPLIT_FOLDERS = {
+    "train": ("train",),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test",),
+}
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm .jp2".split()
+)
+# The label of a padding photo; `torch.nn.functional.cross_entropy` leaves it out of the loss.
+IGNORED_LABEL = -100
+
+
+def load_photos(
+    data_dir: str | os.PathLike, val_fraction: float = 0.0, seed: int = 0
+) -> datasets.DatasetDict:
+    """Wrap a data folder as the DatasetDict that `load_dataset("imagefolder")` makes: `image`, `label`.
+
+    The files are listed here, not found by `datasets`' patterns: those let the word "test" inside a file name
+    choose its split and drop what they do not match. Every split has the label order of the sorted class
+    names. `val_fraction` of train becomes a stratified `validation` split. Raises `UserError` for a folder
+    that is not in this form.
+    """
+    files = find_photos(data_dir)
+    label_names = sorted(files["train"])
+    features = datasets.Features(
+        image=datasets.Image(decode=False), label=datasets.ClassLabel(names=label_names)
+    )
+    splits = {}
+    for split, classes in files.items():
+        rows = [(str(path), label) for label, name in enumerate(label_names) for path in classes[name]]
+        columns = {"image": [path for path, _ in rows], "label": [label for _, label in rows]}
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    if val_fraction:
+        splits |= _cut_validation(splits, val_fraction, seed)
+    return datasets.DatasetDict({name: splits[name] for name in SPLIT_FOLDERS if name in splits})
+
+
+def find_photos(data_dir: str | os.PathLike) -> dict[str, dict[str, list[Path]]]:
+    """List the image files of every split and class, sorted by path; `UserError` for a malformed folder."""
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"no such data folder: {root} (see --data-dir; `make demo` works without one)")
+    files = {}
+    for split, names in SPLIT_FOLDERS.items():
+        present = [root / name for name in names if (root / name).is_dir()]
+        if len(present) > 1:
+            raise UserError(
+                f"{root} has several {split} folders: {', '.join(p.name for p in present)}; keep one"
+            )
+        if present:
+            files[split] = {
+                folder.name: _image_files(folder)
+                for folder in sorted(present[0].iterdir())
+                if _is_class(folder)
+            }
+        elif split != "validation":
+            found = ", ".join(sorted(p.name for p in root.iterdir())[:10]) or "nothing"
+            raise UserError(
+                f"no {split}/ in {root} (found: {found}); a data folder has train/<class>/ and test/<class>/"
+            )
+    _check_classes(root, files)
+    return files
+
+
+def _is_class(folder: Path) -> bool:
+    return folder.is_dir() and not folder.name.startswith((".", "__MACOSX"))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """All image files below `folder`; hidden ones (`._photo.jpg` of a Mac's zip) are no photos."""
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
+
+
+def _check_classes(root: Path, files: dict[str, dict[str, list[Path]]]) -> None:
+    expected = sorted(files["train"])
+    if len(expected) < 2:
+        found = f"only {expected[0]!r}" if expected else "none"
+        raise UserError(f"{root}/train needs at least two class folders, found {found}")
+    for split, classes in files.items():
+        for name in sorted(set(expected) ^ set(classes)):
+            here, there = (split, "train") if name in classes else ("train", split)
+            raise UserError(
+                f"class {name!r} is in {root}/{here} but not in {there}/; class folders must agree"
+            )
+        for name, paths in classes.items():
+            if not paths:
+                raise UserError(f"no image in {root}/{split}/{name}; every class needs photos in every split")
+
+
+def _cut_validation(
+    splits: dict[str, datasets.Dataset], fraction: float, seed: int
+) -> dict[str, datasets.Dataset]:
+    if "validation" in splits:
+        raise UserError("the data folder has a validation split already; leave --val-fraction at 0")
+    try:
+        cut = splits["train"].train_test_split(fraction, stratify_by_column="label", seed=seed)
+    except ValueError as error:  # scikit-learn's own rule: at least one photo of every class on each side
+        raise UserError(f"--val-fraction {fraction} of {len(splits['train'])} photos: {error}") from error
+    return {"train": cut["train"], "validation": cut["test"]}
+
+
+def describe(photos: datasets.DatasetDict) -> str:
+    """Return a table of photo counts, a line a split and a column a class."""
+    label_names = photos["train"].features["label"].names
+    lines = [" ".join(f"{name:>14}" for name in ["split", *label_names, "all"])]
+    for split, dataset in photos.items():
+        counts = np.bincount(dataset["label"][:], minlength=len(label_names))
+        lines.append(" ".join(f"{value:>14}" for value in [split, *counts, counts.sum()]))
+    return "\n".join(lines)
+
+
+def resolve_positive(label_names: list[str], positive_label: str | None) -> str | None:
+    """Return the positive class: the one asked for, else "hotdog" where it exists, else None."""
+    if positive_label is None:
+        return "hotdog" if "hotdog" in label_names else None
+    if positive_label not in label_names:
+        raise UserError(
+            f"--positive-label {positive_label!r} is none of the classes: {', '.join(label_names)}"
+        )
+    return positive_label
+
+
+def decode_image(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
+    """Open an image as 8-bit RGB, the one way for training, evaluation and prediction.
+
+    EXIF rotation is applied, transparency laid on white, 16-bit brought to 8, CMYK and the rest converted;
+    of an animation the first frame. Raises `UserError` naming the file where it cannot be read.
+    """
+    name = source if isinstance(source, (str, os.PathLike)) else "image"
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(_upright(source))
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return _to_rgb(_upright(image))
+    # What Pillow's decoders raise on broken files: SyntaxError for PNG chunks, EOFError for others.
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read {name} as an image: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # before EXIF is looked at, so that a broken file is told from a broken EXIF block
+    try:
+        return ImageOps.exif_transpose(image)
+    except (
+        Exception
+    ):  # an unreadable EXIF block says nothing of the rotation; the pixels are good (datasets#7668)
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):  # 32-bit: no range is declared, so it is read off the values
+        values = np.asarray(image, dtype=np.float64)
+        full_scale = next((top for top in (1, 255, 65535) if values.max() <= top and values.min() >= 0), None)
+        if full_scale is None or not np.isfinite(values).all():
+            raise ValueError(f"mode {image.mode} with values from {values.min()} to {values.max()}")
+        image = Image.fromarray((values * (255 / full_scale)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_photo(row: dict) -> Image.Image:
+    """Decode the `image` of a dataset row, which holds a path (a folder) or bytes (the Hub)."""
+    image = row["image"]
+    return decode_image(image["path"] if image["bytes"] is None else image["bytes"])
+
+
+def showcase(
+    rows: datasets.Dataset, positive_label: str | None, count: int = 8
+) -> tuple[list[Image.Image], list[Image.Image], tuple[str, str]]:
+    """Return the chapter's look at the data: first photos of one class, last of the others, and titles.
+
+    The one class is the positive one, or the first where there is none.
+    """
+    names, labels = rows.features["label"].names, np.asarray(rows["label"][:])
+    one = names.index(positive_label or names[0])
+    first, last = np.flatnonzero(labels == one)[:count], np.flatnonzero(labels != one)[: -count - 1 : -1]
+    others = names[1 - one] if len(names) == 2 else f"not {names[one]}"
+    return (
+        [read_photo(rows[int(i)]) for i in first],
+        [read_photo(rows[int(i)]) for i in last],
+        (names[one], others),
+    )
+
+
+def eval_transform(data_config: dict) -> Callable[[Image.Image], torch.Tensor]:
+    """Return timm's evaluation transform: PIL image -> normalised float tensor [3, H, W]."""
+    return create_transform(**data_config)
+
+
+def train_transform(data_config: dict) -> Callable[[Image.Image], torch.Tensor]:
+    """Return the chapter's training transform: a random resized crop, a random flip, normalisation.
+
+    torchvision's, because they draw from torch's generator alone, which `PhotoDataset` seeds for every photo.
+    """
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                data_config["input_size"][1:],
+                interpolation=v2.InterpolationMode(data_config["interpolation"]),
+            ),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(data_config["mean"], data_config["std"]),
+        ]
+    )
+
+
+class PhotoDataset(torch.utils.data.Dataset):
+    """Photos as `{"pixel_values": float [3, H, W], "labels": int}`.
+
+    Keys are indices for evaluation, `(epoch, index)` for training: the augmentation of a photo is drawn from
+    (seed, epoch, index) alone, so it depends neither on the number of workers or processes nor on what was
+    drawn before. Index `PADDING` gives a photo with `IGNORED_LABEL`.
+    """
+
+    PADDING = -1
+
+    def __init__(
+        self, rows: datasets.Dataset, transform: Callable[[Image.Image], torch.Tensor], seed: int = 0
+    ):
+        self.rows, self.transform, self.seed = rows, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        row = self.rows[max(index, 0)]
+        with torch.random.fork_rng(devices=[]):
+            # The CPU generator only: torch.manual_seed would reset the GPU's as well, photo by photo.
+            torch.default_generator.manual_seed(_mix(self.seed, epoch, max(index, 0)))
+            pixel_values = self.transform(read_photo(row))
+        return {
+            "pixel_values": pixel_values,
+            "labels": IGNORED_LABEL if index == self.PADDING else row["label"],
+        }
+
+
+def _mix(*numbers: int) -> int:
+    """Hash a few numbers into one well-spread seed, so that neighbours share nothing."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class StepSampler(torch.utils.data.Sampler):
+    """For every optimizer step of an epoch, this process's share of the batch as a list of `(epoch, index)`.
+
+    The batches are those of one process whatever their number: batch b of epoch e is the b-th run of
+    `batch_size` photos of a permutation drawn from (seed, e); process r of w takes every w-th photo of it.
+    A process left without a photo by a short last batch gets one padding photo, which the loss ignores.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.size / self.batch_size)
+
+    def step_sizes(self) -> list[int]:
+        """Return the number of photos of each batch over all processes."""
+        return [min(self.batch_size, self.size - start) for start in range(0, self.size, self.batch_size)]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator).tolist()
+        for start in range(0, self.size, self.batch_size):
+            share = order[start : start + self.batch_size][self.rank :: self.world_size]
+            yield [(self.epoch, index) for index in share or [PhotoDataset.PADDING]]
+
+
+def train_loader(
+    dataset: PhotoDataset,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin: bool = False,
+) -> torch.utils.data.DataLoader:
+    """Return batches of one optimizer step each: this process's share of `batch_size` photos, shuffled."""
+    sampler = StepSampler(len(dataset), batch_size, dataset.seed, rank, world_size)
+    return _loader(dataset, num_workers, pin, batch_sampler=sampler, persistent_workers=num_workers > 0)
+
+
+def eval_loader(
+    dataset: PhotoDataset, batch_size: int, *, num_workers: int = 0, pin: bool = False
+) -> torch.utils.data.DataLoader:
+    """Return batches in the data set's own order, to be given to `accelerator.prepare`."""
+    return _loader(dataset, num_workers, pin, batch_size=batch_size)
+
+
+def _loader(
+    dataset: PhotoDataset, num_workers: int, pin: bool, **batching: object
+) -> torch.utils.data.DataLoader:
+    # A generator of its own: the loader's seed for its workers must not advance the global one.
+    return torch.utils.data.DataLoader(
+        dataset, num_workers=num_workers, pin_memory=pin, generator=torch.Generator(), **batching
+    )

@@ -1,0 +1,203 @@
+"""The Accelerate loop: the only place with a forward or a backward pass."""
+
+import contextlib
+import gc
+import importlib.util
+import itertools
+import os
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F  # noqa: N812 (the field's usual name)
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from hotdog_hf.data import IGNORED_LABEL
+from hotdog_hf.errors import UserError
+
+BAR_REFRESH_SECONDS = 0.5
+# Convolutions run faster on it, on CPUs and on GPUs with tensor cores; the numbers are the same.
+MEMORY_FORMAT = torch.channels_last
+MAX_WORKERS = 8
+
+
+def build_accelerator(precision: str = "auto", tracker: str = "none") -> Accelerator:
+    """Create the Accelerator for the hardware at hand, with exactly the processes that were launched.
+
+    `precision` "auto" is what `accelerate launch` was told, else bf16 on a GPU with bf16 units, else float32:
+    on a CPU without them bf16 was 60 times slower. Raises `UserError` where processes do not see each other.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    if precision == "auto":
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if (
+            precision == "no"
+            and torch.cuda.is_available()
+            and torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            precision = "bf16"
+    if precision == "fp16" and on_cpu:
+        raise UserError(
+            "--precision fp16 does nothing on a CPU; use --precision no, or bf16 where the CPU has it"
+        )
+    # Without `cpu`, processes launched for a machine that has no GPU would not find each other.
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        # accelerate itself would go on without it
+        raise UserError(f'--tracker {tracker} is not installed: pip install -e ".[{tracker}]"')
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=".",  # until the run's folder is known,
+    )
+    wanted = _launched_processes()
+    if wanted != accelerator.num_processes:
+        raise UserError(
+            f"{wanted} processes were asked for, but this one sees {accelerator.num_processes}; use"
+            " `accelerate launch --config_file accelerate_config.yaml --num_processes N scripts/train.py`"
+        )
+    return accelerator
+
+
+def _launched_processes() -> int:
+    """Return how many processes the launcher was asked for.
+
+    `accelerate launch --cpu --num_processes 2` starts one and tells it nothing; its command line is read.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    launcher = psutil.Process().parent()
+    with contextlib.suppress(psutil.Error):
+        words = launcher.cmdline() if launcher else []
+        if any("accelerate" in word for word in words[:3]) and "launch" in words[:4]:
+            for flag, value in itertools.pairwise(words):
+                if flag in ("--num_processes", "--num-processes") and value.isdigit():
+                    return max(int(value), 1)
+    return 1
+
+
+def describe_hardware(accelerator: Accelerator) -> str:
+    """Return what the run computes on: device, processes, precision."""
+    device = accelerator.device
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return f"{accelerator.num_processes} x {device.type} ({name}), {precision}"
+
+
+def default_workers(accelerator: Accelerator) -> int:
+    """Return the number of loader processes: none on a CPU, else this GPU's share of the cores."""
+    if accelerator.device.type == "cpu":
+        return 0
+    return min(MAX_WORKERS, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def start_tracker(accelerator: Accelerator, run_dir: Path, knobs: dict) -> None:
+    """Start the tracker the accelerator was built with, if any, in the run's folder."""
+    accelerator.project_configuration.set_directories(str(run_dir))
+    accelerator.init_trackers("hotdog_hf", config=knobs)
+
+
+def finish(accelerator: Accelerator, *prepared: object) -> list:
+    """End the run: trackers closed, and the prepared objects given up in time.
+
+    With a distributed model still alive at exit, about one run in ten of two CPU processes aborts after its
+    work is done ("terminate called without an active exception"): assign the result over the last references.
+    """
+    released = accelerator.free_memory(*prepared)
+    gc.collect()
+    accelerator.end_training()
+    return released
+
+
+def train_one_epoch(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    loader: torch.utils.data.DataLoader,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    *,
+    loss_reduction: str,
+    accumulation_steps: int = 1,
+    title: str = "",
+) -> dict[str, float]:
+    """Train one pass over `loader`, whose batches are this process's share of one optimizer step each.
+
+    Returns `train_loss` (mean per photo) and `train_accuracy` over all processes, measured on the augmented
+    photos while the weights move, as in the chapter, and the speed.
+    """
+    model.train()
+    step_sizes = loader.batch_sampler.step_sizes()
+    totals = torch.zeros(3, device=accelerator.device)  # loss, correct, photos: on the device, read seldom
+    start = time.perf_counter()
+    bar = tqdm(total=sum(step_sizes), desc=title, unit="img", leave=False, disable=_no_bar(accelerator))
+    for batch, step_size in zip(loader, step_sizes, strict=True):
+        images = batch["pixel_values"].to(accelerator.device, memory_format=MEMORY_FORMAT, non_blocking=True)
+        labels = batch["labels"].to(accelerator.device, non_blocking=True)
+        # DDP averages the gradients of the processes: times their number they are the sum over the whole
+        # batch, exact for a short last batch too; divided by its size they are the mean.
+        scale = accelerator.num_processes / (step_size if loss_reduction == "mean" else 1)
+        pieces = list(zip(images.chunk(accumulation_steps), labels.chunk(accumulation_steps), strict=True))
+        for number, (image_piece, label_piece) in enumerate(pieces, start=1):
+            last = number == len(pieces)
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                logits = model(image_piece)
+                loss = F.cross_entropy(logits, label_piece, reduction="sum", ignore_index=IGNORED_LABEL)
+                accelerator.backward(loss * scale)
+            totals += _batch_totals(loss, logits, label_piece)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.update(step_size)
+        _show(bar, totals)
+    bar.close()
+    loss_sum, correct, count = accelerator.reduce(totals).tolist()
+    return {
+        "train_loss": loss_sum / count,
+        "train_accuracy": correct / count,
+        "train_seconds": (seconds := time.perf_counter() - start),
+        "examples_per_second": count / seconds,
+    }
+
+
+def _batch_totals(loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    correct = (logits.argmax(dim=1) == labels).sum()
+    return torch.stack([loss.detach(), correct, (labels != IGNORED_LABEL).sum()])
+
+
+def _show(bar: tqdm, totals: torch.Tensor) -> None:
+    """Write loss and accuracy so far behind the bar, seldom: reading them waits for the GPU."""
+    now = time.perf_counter()
+    if not bar.disable and now - getattr(bar, "shown_at", 0) > BAR_REFRESH_SECONDS:
+        loss_sum, correct, count = totals.tolist()
+        bar.set_postfix(loss=f"{loss_sum / count:.3f}", acc=f"{correct / count:.3f}", refresh=False)
+        bar.shown_at = now
+
+
+def _no_bar(accelerator: Accelerator) -> bool | None:
+    """None lets tqdm decide: a bar on a terminal, none in a log file."""
+    return None if accelerator.is_main_process else True
+
+
+@torch.no_grad()
+def predict(
+    accelerator: Accelerator, model: torch.nn.Module, loader: torch.utils.data.DataLoader, title: str = ""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return probabilities [N, classes] and labels [N] of all N photos, in order, on every process.
+
+    `loader` was prepared by the accelerator; the copies it makes to fill the last batch are dropped again.
+    """
+    model.eval()
+    probabilities, labels = [], []
+    for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=_no_bar(accelerator)):
+        images = batch["pixel_values"].to(memory_format=MEMORY_FORMAT)
+        gathered = accelerator.gather_for_metrics((model(images).float().softmax(dim=1), batch["labels"]))
+        probabilities.append(gathered[0].cpu())
+        labels.append(gathered[1].cpu())
+    probabilities, labels = torch.cat(probabilities), torch.cat(labels)
+    expected = len(loader.dataset)
+    assert len(labels) == expected, f"{len(labels)} predictions for {expected} photos"
+    return probabilities, labels
