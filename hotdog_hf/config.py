@@ -12,6 +12,7 @@ from typing import Literal
 import tyro
 
 DEFAULT_DATA_DIR = "data/hotdog"
+SAMPLE_DATA_DIR = "data/sample"
 
 
 def _require(holds: bool, flag: str, value: object, rule: str) -> None:
@@ -24,7 +25,7 @@ class DataConfig:
     """Knobs of `hotdog_hf.data`."""
 
     # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*.
-    # The default is the chapter's hot-dog data, downloaded when absent.
+    # The default is the chapter's hot-dog data, downloaded when absent; data/sample is drawn when absent.
     data_dir: str = DEFAULT_DATA_DIR
     # Class that precision, recall, F1 and ROC-AUC speak of. Unset: "hotdog" where that class exists.
     positive_label: str | None = None

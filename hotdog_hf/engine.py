@@ -97,7 +97,7 @@ def default_workers(accelerator: Accelerator) -> int:
 
 def start_tracker(accelerator: Accelerator, run_dir: Path, knobs: dict) -> None:
     """Start the tracker the accelerator was built with, if any, in the run's folder."""
-    accelerator.project_configuration.set_directories(str(run_dir))
+    accelerator.project_configuration.logging_dir = str(run_dir)
     accelerator.init_trackers("hotdog_hf", config=knobs)
 
 

@@ -202,7 +202,9 @@ def replace_head(
 
 def data_config_of(model: torch.nn.Module) -> dict:
     """Return the preprocessing a model carries: input_size, interpolation, mean, std, crop_pct, crop_mode."""
-    return timm.data.resolve_model_data_config(model)
+    config = timm.data.resolve_model_data_config(model)
+    # A loaded config.json has lists where timm's own configs have tuples.
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
 
 
 def label_names_of(model: torch.nn.Module) -> list[str]:

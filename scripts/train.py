@@ -6,7 +6,7 @@ accelerate launch scripts/train.py --data-dir my/photos --weights my.safetensors
 python scripts/train.py --help                                      # every knob
 """
 
-from hotdog_hf.config import DEFAULT_DATA_DIR, TrainConfig, parse_train_config
+from hotdog_hf.config import DEFAULT_DATA_DIR, SAMPLE_DATA_DIR, TrainConfig, parse_train_config
 from hotdog_hf.errors import UserError, exit_on_user_error
 
 
@@ -19,6 +19,7 @@ def main(config: TrainConfig) -> None:
 
     from hotdog_hf import data, engine, hub, metrics, model, optim, plots, run
     from hotdog_hf.download import download_photos
+    from hotdog_hf.sample import draw_sample
 
     started = time.perf_counter()
     accelerator = engine.build_accelerator(config.run.precision, config.run.tracker)
@@ -27,9 +28,11 @@ def main(config: TrainConfig) -> None:
     say(f"{engine.describe_hardware(accelerator)}, seed {config.run.seed}")
 
     # Photos. The test split chooses nothing: where there is a validation split, that alone judges the epochs.
-    if config.data.data_dir == DEFAULT_DATA_DIR:
-        with accelerator.main_process_first():
+    with accelerator.main_process_first():
+        if config.data.data_dir == DEFAULT_DATA_DIR:
             download_photos(DEFAULT_DATA_DIR)
+        elif config.data.data_dir == SAMPLE_DATA_DIR:
+            draw_sample(SAMPLE_DATA_DIR)
     photos = data.load_photos(config.data.data_dir, config.data.val_fraction, config.run.seed)
     label_names = photos["train"].features["label"].names
     positive_label = data.resolve_positive(label_names, config.data.positive_label)

@@ -1,0 +1,42 @@
+# `make` alone prints these targets. Uses the active virtual environment or conda environment, else makes .venv.
+ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
+PYTHON := $(ENV)/bin/python
+STAMP := $(ENV)/.hotdog_hf-installed
+LAUNCH = $(PYTHON) -m accelerate.commands.launch --config_file accelerate_config.yaml
+DEMO := runs/demo
+DEMO_FLAGS := --data-dir data/sample --model tf_efficientnet_lite0 --weights bundled --batch-size 16
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo train test style quality clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## install everything into the active environment, or into .venv
+
+$(STAMP): requirements.txt pyproject.toml
+	@test -x $(PYTHON) || python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet -r requirements.txt -e ".[test]"
+	@touch $@
+
+demo: install  ## fine-tune a real pretrained network on the drawn sample, offline, in a few minutes
+	@rm -rf $(DEMO)
+	HF_HUB_OFFLINE=1 $(LAUNCH) scripts/train.py --output-dir $(DEMO) $(DEMO_FLAGS)
+
+train: install  ## the chapter: download the hot-dog photos, fine-tune ResNet-18 for 5 epochs
+	$(LAUNCH) scripts/train.py
+
+test: install  ## run the tests, offline
+	$(PYTHON) -m pytest
+
+style: install  ## format the code and mend what ruff can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+quality: install  ## check format and lint, change nothing
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+clean:  ## remove runs, drawn samples and caches (never data/hotdog)
+	rm -rf runs data/sample .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,73 @@
+"""Offline, one thread, small drawn photos: what every test stands on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Before torch or any Hugging Face library is imported, here and in every subprocess.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_MODEL = "test_resnet.r160_in1k"
+
+torch.set_num_threads(1)
+
+
+def draw_photos(folder: Path, counts: dict[str, int], size: tuple[int, int] = (72, 56)) -> None:
+    """Draw noisy one-coloured pictures, one hue a class, so that a tiny network can tell them apart."""
+    for number, (name, count) in enumerate(sorted(counts.items())):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            noise = np.random.default_rng([number, index, len(folder.name)])
+            pixels = noise.integers(0, 120, (*size, 3), dtype=np.uint8)
+            pixels[..., number % 3] += 100
+            Image.fromarray(pixels).save(folder / name / f"{index:03}.png")
+
+
+@pytest.fixture(scope="session")
+def photos_dir(tmp_path_factory) -> Path:
+    """A data folder of 2 classes: 13 + 12 photos to train, 6 + 5 to test."""
+    folder = tmp_path_factory.mktemp("photos")
+    draw_photos(folder / "train", {"hotdog": 13, "not-hotdog": 12})
+    draw_photos(folder / "test", {"hotdog": 6, "not-hotdog": 5})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory) -> Path:
+    """A file of "pretrained" weights for TINY_MODEL with 1000 classes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    safetensors.torch.save_file(timm.create_model(TINY_MODEL, pretrained=False).state_dict(), path)
+    return path
+
+
+def run(*command: object, cwd: Path = ROOT, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+    """Run a command as a user would and return its output, whatever its exit code."""
+    words = [sys.executable if word == "python" else str(word) for word in command]
+    return subprocess.run(
+        words, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def train(tiny_weights):
+    """Run scripts/train.py on a tiny model: `train(data_dir, run_dir, *flags)`."""
+
+    def run_train(data_dir: Path, run_dir: Path, *flags: object, launcher: tuple = ("python",), **env: str):
+        defaults = ["--model", TINY_MODEL, "--weights", tiny_weights, "--image-size", 64, "--batch-size", 8]
+        given = {flag for flag in flags if str(flag).startswith("--")}
+        for flag, value in zip(defaults[::2], defaults[1::2], strict=True):
+            flags = flags if flag in given else (*flags, flag, value)
+        script = (ROOT / "scripts/train.py", "--data-dir", data_dir, "--output-dir", run_dir, *flags)
+        return run(*launcher, *script, **env)
+
+    return run_train

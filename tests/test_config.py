@@ -1,0 +1,90 @@
+import dataclasses
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+from hotdog_hf.config import RECIPES, OptimConfig, TrainConfig, parse_train_config
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--learning-rate", "-1"),
+        ("--learning-rate", "0"),
+        ("--learning-rate", "nan"),
+        ("--learning-rate", "inf"),
+        ("--epochs", "0"),
+        ("--batch-size", "0"),
+        ("--gradient-accumulation-steps", "129"),
+        ("--head-lr-mult", "0"),
+        ("--layer-decay", "1.5"),
+        ("--momentum", "1"),
+        ("--weight-decay", "-0.1"),
+        ("--warmup-fraction", "1"),
+        ("--val-fraction", "1"),
+        ("--image-size", "8"),
+        ("--num-workers", "-1"),
+        ("--seed", "-1"),
+        ("--recipe", "pie"),
+        ("--optimizer", "adam"),
+        ("--no-such-flag", "1"),
+    ],
+)
+def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_train_config([f"{flag}={value}"])
+    assert end.value.code == 2
+    printed = "".join(capsys.readouterr())
+    assert flag in printed and "Traceback" not in printed
+
+
+def test_the_chapter_recipe_is_the_books():
+    optim = parse_train_config([]).optim
+    assert (optim.batch_size, optim.epochs, optim.learning_rate, optim.weight_decay) == (128, 5, 5e-5, 0.001)
+    assert (optim.optimizer, optim.momentum, optim.loss_reduction, optim.schedule) == (
+        "sgd",
+        0,
+        "sum",
+        "constant",
+    )
+    assert (optim.head_lr_mult, optim.layer_decay) == (10, 1)
+
+
+def test_a_flag_overrides_its_recipe_and_leaves_the_rest():
+    config = parse_train_config(["--epochs", "7", "--recipe", "scratch"])
+    assert config == dataclasses.replace(
+        RECIPES["scratch"], optim=dataclasses.replace(RECIPES["scratch"].optim, epochs=7)
+    )
+    assert config.model.weights == "none" and config.optim.learning_rate == 5e-4
+
+
+def test_every_recipe_is_found_by_its_own_name():
+    assert all(config.recipe == name for name, config in RECIPES.items())
+
+
+def test_a_config_made_in_python_is_checked_too():
+    with pytest.raises(ValueError, match="--momentum belongs to --optimizer sgd"):
+        OptimConfig(optimizer="adamw", momentum=0.9)
+
+
+def test_every_knob_has_a_comment_in_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_train_config(["--help"])
+    help_text = capsys.readouterr().out
+    for group in dataclasses.fields(TrainConfig):
+        if dataclasses.is_dataclass(group.default_factory):
+            for knob in dataclasses.fields(group.default_factory):
+                assert f"--{knob.name.replace('_', '-')}" in help_text
+    assert "(default: 5e-05)" in help_text
+
+
+def test_help_does_not_wait_for_torch():
+    probe = (
+        "import runpy, sys\n"
+        "sys.argv = ['train.py', '--help']\n"
+        "try: runpy.run_path('scripts/train.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'timm', 'datasets', 'accelerate'} & set(sys.modules)))"
+    )
+    assert run(sys.executable, "-c", probe, cwd=ROOT).stdout.endswith("[]\n")

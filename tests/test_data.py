@@ -1,0 +1,284 @@
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import draw_photos
+from PIL import Image
+from torchvision import transforms
+
+from hotdog_hf import data
+from hotdog_hf.errors import UserError
+
+CHAPTER_CONFIG = {
+    "input_size": (3, 224, 224),
+    "interpolation": "bilinear",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "crop_pct": 0.875,
+    "crop_mode": "squash",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    draw_photos(tmp_path / "train", {"b": 4, "a": 3})
+    draw_photos(tmp_path / "test", {"b": 2, "a": 2})
+    return tmp_path
+
+
+def counts(photos):
+    return {split: np.bincount(rows["label"][:]).tolist() for split, rows in photos.items()}
+
+
+def test_a_plain_folder_is_what_imagefolder_makes_of_it(folder, tmp_path):
+    ours = data.load_photos(folder)
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
+    for split in ("train", "test"):
+        assert ours[split].features["label"] == theirs[split].features["label"]
+        paths = [
+            row["image"]["path"] for row in theirs[split].cast_column("image", datasets.Image(decode=False))
+        ]
+        assert sorted(zip(paths, theirs[split]["label"], strict=True)) == sorted(
+            zip((row["image"]["path"] for row in ours[split]), ours[split]["label"], strict=True)
+        )
+
+
+def test_file_names_change_neither_split_nor_count(folder):
+    odd = ["test.png", "train-1.png", "validation test.png", "img[1].png", "a*b?.png", "-x.png", "x::y.png"]
+    odd += ["ü ß 热狗.png", "UPPER.PNG", "deeper/nested.png"]
+    source = folder / "train/a/000.png"
+    for name in odd:
+        (folder / "train/a" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(source, folder / "train/a" / name)
+    (folder / "train/a/notes.txt").write_text("no image")
+    (folder / "train/a/._000.png").write_bytes(b"Mac metadata")
+    photos = data.load_photos(folder)
+    assert counts(photos) == {"train": [3 + len(odd), 4], "test": [2, 2]}
+    assert all(data.read_photo(row).mode == "RGB" for row in photos["train"])
+    assert data.describe(photos).splitlines()[1].split() == ["train", "13", "4", "17"]
+
+
+@pytest.mark.parametrize("name", ["validation", "val", "valid"])
+def test_a_validation_folder_goes_by_three_names(folder, name):
+    draw_photos(folder / name, {"a": 1, "b": 2})
+    assert counts(data.load_photos(folder)) == {"train": [3, 4], "validation": [1, 2], "test": [2, 2]}
+
+
+def test_three_classes_and_sorted_names(tmp_path):
+    draw_photos(tmp_path / "train", {"taco": 2, "Burger": 3, "hotdog": 4})
+    draw_photos(tmp_path / "test", {"taco": 1, "Burger": 1, "hotdog": 1})
+    photos = data.load_photos(tmp_path)
+    assert photos["test"].features["label"].names == ["Burger", "hotdog", "taco"]
+    assert counts(photos)["train"] == [3, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: shutil.rmtree(f), "no such data folder"),
+        (lambda f: shutil.rmtree(f / "test"), "no test/ in"),
+        (lambda f: (f / "train").rename(f / "training"), "no train/ in .*found: test, training"),
+        (lambda f: shutil.rmtree(f / "test/b"), "class 'b' is in .*/train but not in test/"),
+        (lambda f: (f / "test/c").mkdir(), "class 'c' is in .*/test but not in train/"),
+        (lambda f: [p.unlink() for p in (f / "train/a").iterdir()], "no image in .*/train/a"),
+        (lambda f: [shutil.rmtree(f / s / "b") for s in ("train", "test")], "two class folders, found only 'a'"),
+        (lambda f: [(f / n).mkdir() for n in ("val", "valid")], "several validation folders: val, valid"),
+    ],
+)  # fmt: skip
+def test_a_malformed_folder_is_one_clear_error(folder, harm, message):
+    harm(folder)
+    with pytest.raises(UserError, match=message):
+        data.load_photos(folder)
+
+
+def test_the_validation_cut_is_stratified_and_follows_the_seed(tmp_path):
+    draw_photos(tmp_path / "train", {"a": 20, "b": 40}, size=(8, 8))
+    draw_photos(tmp_path / "test", {"a": 1, "b": 1}, size=(8, 8))
+    paths = [
+        sorted(row["image"]["path"] for row in data.load_photos(tmp_path, 0.2, seed)["validation"])
+        for seed in (1, 1, 2)
+    ]
+    assert counts(data.load_photos(tmp_path, 0.2, 1)) == {
+        "train": [16, 32],
+        "validation": [4, 8],
+        "test": [1, 1],
+    }
+    assert paths[0] == paths[1] != paths[2]
+    with pytest.raises(UserError, match=r"--val-fraction 0\.01"):
+        data.load_photos(tmp_path, 0.01)
+
+
+def test_the_positive_class_is_chosen_by_name():
+    assert data.resolve_positive(["hotdog", "not-hotdog"], None) == "hotdog"
+    assert data.resolve_positive(["cat", "dog"], None) is None
+    assert data.resolve_positive(["cat", "dog"], "dog") == "dog"
+    with pytest.raises(UserError, match="'bird' is none of the classes: cat, dog"):
+        data.resolve_positive(["cat", "dog"], "bird")
+
+
+def save_exif(path, image, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, exif=exif, quality=100, subsampling=0)
+
+
+def test_decode_applies_exif_rotation(tmp_path):
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (0, 0, 20, 20))
+    save_exif(tmp_path / "rotated.jpg", image, orientation=6)  # the camera was turned a quarter
+    decoded = data.decode_image(tmp_path / "rotated.jpg")
+    assert decoded.size == (20, 40)
+    assert decoded.getpixel((10, 5))[2] > 200 and decoded.getpixel((10, 35))[0] > 200
+
+
+def half_transparent(mode):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((0, 0), (255, 0, 0, 255))
+    return image.convert(mode) if mode != "RGBA" else image
+
+
+@pytest.mark.parametrize(
+    ("image", "pixel", "expected"),
+    [
+        (half_transparent("RGBA"), (1, 1), (255, 255, 255)),
+        (half_transparent("RGBA"), (0, 0), (255, 0, 0)),
+        (half_transparent("LA"), (1, 1), (255, 255, 255)),
+        (Image.fromarray(np.full((4, 4), 65535, np.uint16)), (0, 0), (255, 255, 255)),
+        (Image.fromarray(np.full((4, 4), 0x8000, np.uint16)), (0, 0), (128, 128, 128)),
+        (Image.new("L", (4, 4), 77), (0, 0), (77, 77, 77)),
+        (Image.new("1", (4, 4), 1), (0, 0), (255, 255, 255)),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (0, 0), (255, 0, 0)),
+        (Image.fromarray(np.full((4, 4), 0.5, np.float32)), (0, 0), (128, 128, 128)),
+    ],
+)
+def test_decode_brings_every_mode_to_rgb(tmp_path, image, pixel, expected):
+    path = tmp_path / ("image.tif" if image.mode in ("CMYK", "F") else "image.png")
+    image.save(path)
+    decoded = data.decode_image(path)
+    assert decoded.mode == "RGB" and decoded.getpixel(pixel) == expected
+    assert data.decode_image(path.read_bytes()).tobytes() == decoded.tobytes()
+
+
+def test_decode_lays_a_transparent_palette_on_white(tmp_path):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([255, 0, 0, 0, 0, 0])
+    image.save(tmp_path / "p.png", transparency=1)
+    assert data.decode_image(tmp_path / "p.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_decode_survives_a_broken_exif_block_and_names_a_broken_file(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "exif.jpg", exif=b"Exif\x00\x00garbage")
+    assert data.decode_image(tmp_path / "exif.jpg").size == (8, 8)
+    (tmp_path / "page.jpg").write_text("<html>not found</html>")
+    with pytest.raises(UserError, match=r"page\.jpg"):
+        data.decode_image(tmp_path / "page.jpg")
+
+
+def test_the_eval_transform_is_the_chapters():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 417, 3), dtype=np.uint8))
+    chapter = transforms.Compose(
+        [
+            transforms.Resize([256, 256]),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(CHAPTER_CONFIG["mean"], CHAPTER_CONFIG["std"]),
+        ]
+    )
+    assert torch.equal(data.eval_transform(CHAPTER_CONFIG)(image), chapter(image))
+
+
+def test_the_train_transform_is_the_chapters():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 417, 3), dtype=np.uint8))
+    chapter = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(CHAPTER_CONFIG["mean"], CHAPTER_CONFIG["std"]),
+        ]
+    )
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = chapter(image)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(data.train_transform(CHAPTER_CONFIG)(image), expected)
+
+
+@pytest.fixture
+def dataset(folder):
+    config = CHAPTER_CONFIG | {"input_size": (3, 32, 32)}
+    return data.PhotoDataset(data.load_photos(folder)["train"], data.train_transform(config), seed=3)
+
+
+def test_augmentation_depends_on_seed_epoch_and_photo_alone(dataset):
+    first = dataset[1, 2]["pixel_values"]
+    torch.rand(7)
+    assert torch.equal(dataset[1, 2]["pixel_values"], first)
+    assert not torch.equal(dataset[2, 2]["pixel_values"], first)
+    other_seed = data.PhotoDataset(dataset.rows, dataset.transform, seed=4)
+    assert not torch.equal(other_seed[1, 2]["pixel_values"], first)
+
+
+def test_loading_a_photo_leaves_the_global_generator_alone(dataset):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    dataset[1, 2]
+    assert torch.rand(1) == expected
+
+
+def test_workers_change_nothing(dataset):
+    batches = []
+    for workers in (0, 2):
+        loader = data.train_loader(dataset, 3, num_workers=workers)
+        for epoch in (1, 2):
+            loader.batch_sampler.epoch = epoch
+            batches.append([batch["pixel_values"] for batch in loader])
+    for ours, theirs in zip(batches[:2], batches[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(batches[0][0], batches[1][0])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("size", "batch_size"), [(10, 4), (9, 4), (7, 7), (5, 8)])
+def test_processes_share_out_the_batches_of_one(size, batch_size, world_size):
+    whole = list(data.StepSampler(size, batch_size, seed=1))
+    shares = [list(data.StepSampler(size, batch_size, 1, rank, world_size)) for rank in range(world_size)]
+    for number, batch in enumerate(whole):
+        parts = [share[number] for share in shares]
+        assert all(parts), "a process without a photo would leave the others waiting"
+        real = [key for part in parts for key in part if key[1] != data.PhotoDataset.PADDING]
+        assert sorted(real) == sorted(batch)
+    assert sorted(index for batch in whole for _, index in batch) == list(range(size))
+    assert data.StepSampler(size, batch_size, 1).step_sizes() == [len(batch) for batch in whole]
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    sampler = data.StepSampler(50, 50, seed=1)
+    orders = []
+    for epoch in (1, 2, 1):
+        sampler.epoch = epoch
+        orders.append([index for _, index in next(iter(sampler))])
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_the_padding_photo_is_left_out_of_the_loss(dataset):
+    padded = dataset[1, data.PhotoDataset.PADDING]
+    logits = torch.randn(1, 2)
+    loss = torch.nn.functional.cross_entropy(
+        logits, torch.tensor([padded["labels"]]), reduction="sum", ignore_index=data.IGNORED_LABEL
+    )
+    assert loss == 0
+
+
+def test_the_showcase_is_the_chapters(folder):
+    first, last, titles = data.showcase(data.load_photos(folder)["train"], "b", count=2)
+    assert titles == ("b", "a")
+    assert [image.tobytes() for image in first] == [
+        data.decode_image(folder / "train/b" / name).tobytes() for name in ("000.png", "001.png")
+    ]
+    assert [image.tobytes() for image in last] == [
+        data.decode_image(folder / "train/a" / name).tobytes() for name in ("002.png", "001.png")
+    ]

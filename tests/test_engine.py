@@ -1,0 +1,108 @@
+import os
+
+import book_loop
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, run
+
+from hotdog_hf import data, engine
+from hotdog_hf.errors import UserError
+
+TWO_PROCESSES = (
+    "accelerate", "launch", "--config_file", ROOT / "accelerate_config.yaml", "--num_processes", 2,
+)  # fmt: skip
+
+
+def assert_same_weights(path, net, tolerance=1e-6):
+    ours, plain = safetensors.torch.load_file(path), net.state_dict()
+    assert set(ours) == set(plain)
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance)
+
+
+def test_our_loop_trains_as_the_books(tmp_path):
+    book_loop.main(tmp_path / "ours.safetensors")
+    trained = book_loop.plain_loop("train")
+    assert_same_weights(tmp_path / "ours.safetensors", trained)
+    untrained = book_loop.network("train").state_dict()
+    assert not torch.allclose(trained.state_dict()["fc.weight"], untrained["fc.weight"])
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 3])
+def test_two_processes_train_as_the_book_does_with_one(tmp_path, accumulation_steps):
+    out = tmp_path / "two.safetensors"
+    done = run(*TWO_PROCESSES, ROOT / "tests/book_loop.py", out, "sum", accumulation_steps, "eval")
+    assert done.stdout.startswith("2 "), done.stderr
+    assert_same_weights(out, book_loop.plain_loop("eval"))
+
+
+@pytest.mark.parametrize("accumulation_steps", [2, 3, 8])
+def test_accumulation_changes_memory_and_nothing_else(tmp_path, accumulation_steps):
+    out = tmp_path / "pieces.safetensors"
+    book_loop.main(out, "sum", accumulation_steps, "eval")
+    assert_same_weights(out, book_loop.plain_loop("eval"))
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 3])
+def test_a_mean_loss_is_a_sum_with_a_rate_divided_by_the_batch(tmp_path, monkeypatch, accumulation_steps):
+    """With 16 photos in batches of 8 and no decay, the mean's step at rate 8 r is the sum's at rate r."""
+    monkeypatch.setattr(book_loop, "COUNT", 16)
+    monkeypatch.setattr(book_loop, "WEIGHT_DECAY", 0.0)
+    summed = book_loop.plain_loop("eval")
+    monkeypatch.setattr(book_loop, "LEARNING_RATE", book_loop.LEARNING_RATE * 8)
+    book_loop.main(tmp_path / "mean.safetensors", "mean", accumulation_steps, "eval")
+    assert_same_weights(tmp_path / "mean.safetensors", summed)
+
+
+class Numbered(torch.utils.data.Dataset):
+    """Images of one pixel that say their own index, in `predict`'s form."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {"pixel_values": torch.full((1, 1, 1), float(index)), "labels": index % 2}
+
+
+def test_predictions_come_in_order_one_a_photo():
+    accelerator = engine.build_accelerator("no")
+    loader = accelerator.prepare(data.eval_loader(Numbered(11), 4))
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1, 2))
+    probabilities, labels = engine.predict(accelerator, net, loader)
+    expected = net(torch.arange(11.0)[:, None]).softmax(dim=1)
+    torch.testing.assert_close(probabilities, expected)
+    assert labels.tolist() == [index % 2 for index in range(11)]
+    assert not net.training
+
+
+def test_a_world_that_is_not_the_one_launched_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without RANK and MASTER_ADDR the process sees itself alone
+    with pytest.raises(UserError, match="2 processes were asked for, but this one sees 1"):
+        engine.build_accelerator("no")
+
+
+def test_a_launcher_that_starts_one_process_of_two_is_an_error(photos_dir, tmp_path, train):
+    done = train(
+        photos_dir, tmp_path / "run", launcher=("accelerate", "launch", "--cpu", "--num_processes", "2")
+    )
+    assert "error: 2 processes were asked for, but this one sees 1" in done.stderr
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="says something of CPUs")
+def test_on_a_cpu_precision_is_float32_unless_asked_and_never_fp16(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert engine.build_accelerator("auto").mixed_precision == "no"
+    with pytest.raises(UserError, match="fp16 does nothing on a CPU"):
+        engine.build_accelerator("fp16")
+    assert os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
+
+
+def test_a_missing_tracker_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[wandb\]"'):
+        engine.build_accelerator("no", "wandb")

