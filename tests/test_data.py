@@ -83,7 +83,7 @@ def test_three_classes_and_sorted_names(tmp_path):
         (lambda f: shutil.rmtree(f / "test/b"), "class 'b' is in .*/train but not in test/"),
         (lambda f: (f / "test/c").mkdir(), "class 'c' is in .*/test but not in train/"),
         (lambda f: [p.unlink() for p in (f / "train/a").iterdir()], "no image in .*/train/a"),
-        (lambda f: [shutil.rmtree(f / s / "b") for s in ("train", "test")], "two class folders, found only 'a'"),
+        (lambda f: [shutil.rmtree(f / s / "b") for s in ("train", "test")], "two class folders.* only 'a'"),
         (lambda f: [(f / n).mkdir() for n in ("val", "valid")], "several validation folders: val, valid"),
     ],
 )  # fmt: skip
