@@ -4,7 +4,8 @@ PYTHON := $(ENV)/bin/python
 STAMP := $(ENV)/.hotdog_hf-installed
 LAUNCH = $(PYTHON) -m accelerate.commands.launch --config_file accelerate_config.yaml
 DEMO := runs/demo
-DEMO_FLAGS := --data-dir data/sample --model tf_efficientnet_lite0 --weights bundled --batch-size 16
+DEMO_FLAGS := --data-dir data/sample --model tf_efficientnet_lite0 --weights bundled \
+	--batch-size 16 --epochs 6 --learning-rate 1e-4 --momentum 0.9 --schedule cosine
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo train test style quality clean

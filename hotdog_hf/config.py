@@ -142,10 +142,18 @@ class RunConfig:
     seed: int = 0
     # Arithmetic. "auto": what accelerate was launched with, else bf16 on GPUs that have it, else float32.
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    # Threads of a process on a CPU. Unset: the cores, shared out among the processes (a launcher leaves one).
+    num_threads: int | None = None
     # Live experiment tracker, through Accelerate.
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
 
     def __post_init__(self) -> None:
+        _require(
+            self.num_threads is None or self.num_threads >= 1,
+            "--num-threads",
+            self.num_threads,
+            "is 1 or more",
+        )
         _require(self.seed >= 0, "--seed", self.seed, "must be 0 or more")
 
 

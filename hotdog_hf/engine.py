@@ -23,7 +23,9 @@ MEMORY_FORMAT = torch.channels_last
 MAX_WORKERS = 8
 
 
-def build_accelerator(precision: str = "auto", tracker: str = "none") -> Accelerator:
+def build_accelerator(
+    precision: str = "auto", tracker: str = "none", num_threads: int | None = None
+) -> Accelerator:
     """Create the Accelerator for the hardware at hand, with exactly the processes that were launched.
 
     `precision` "auto" is what `accelerate launch` was told, else bf16 on a GPU with bf16 units, else float32:
@@ -58,7 +60,20 @@ def build_accelerator(precision: str = "auto", tracker: str = "none") -> Acceler
             f"{wanted} processes were asked for, but this one sees {accelerator.num_processes}; use"
             " `accelerate launch --config_file accelerate_config.yaml --num_processes N scripts/train.py`"
         )
+    if on_cpu:
+        torch.set_num_threads(num_threads or _default_threads())
     return accelerator
+
+
+def _default_threads() -> int:
+    """Return this process's share of the cores; `accelerate launch` sets OMP_NUM_THREADS=1 whatever the machine."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
+    return max(cores // _local_processes(), 1)
+
+
+def _local_processes() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _launched_processes() -> int:
@@ -92,7 +107,7 @@ def default_workers(accelerator: Accelerator) -> int:
     """Return the number of loader processes: none on a CPU, else this GPU's share of the cores."""
     if accelerator.device.type == "cpu":
         return 0
-    return min(MAX_WORKERS, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(MAX_WORKERS, (os.cpu_count() or 1) // _local_processes())
 
 
 def start_tracker(accelerator: Accelerator, run_dir: Path, knobs: dict) -> None:

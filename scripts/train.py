@@ -22,7 +22,7 @@ def main(config: TrainConfig) -> None:
     from hotdog_hf.sample import draw_sample
 
     started = time.perf_counter()
-    accelerator = engine.build_accelerator(config.run.precision, config.run.tracker)
+    accelerator = engine.build_accelerator(config.run.precision, config.run.tracker, config.run.num_threads)
     set_seed(config.run.seed)
     say = accelerator.print
     say(f"{engine.describe_hardware(accelerator)}, seed {config.run.seed}")

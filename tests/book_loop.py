@@ -74,7 +74,7 @@ def main(
     out: str, loss_reduction: str = "sum", accumulation_steps: str = "1", batch_norm: str = "train"
 ) -> None:
     """Train with the project's loop and let the main process save the weights."""
-    accelerator = engine.build_accelerator("no")
+    accelerator = engine.build_accelerator("no", num_threads=1)
     net, dataset = network(batch_norm), FixedImages()
     groups = optim.parameter_groups(
         net, learning_rate=LEARNING_RATE, head_lr_mult=10, weight_decay=WEIGHT_DECAY

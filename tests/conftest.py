@@ -63,7 +63,18 @@ def train(tiny_weights):
     """Run scripts/train.py on a tiny model: `train(data_dir, run_dir, *flags)`."""
 
     def run_train(data_dir: Path, run_dir: Path, *flags: object, launcher: tuple = ("python",), **env: str):
-        defaults = ["--model", TINY_MODEL, "--weights", tiny_weights, "--image-size", 64, "--batch-size", 8]
+        defaults = [
+            "--model",
+            TINY_MODEL,
+            "--weights",
+            tiny_weights,
+            "--image-size",
+            64,
+            "--batch-size",
+            8,
+            "--num-threads",
+            1,
+        ]
         given = {flag for flag in flags if str(flag).startswith("--")}
         for flag, value in zip(defaults[::2], defaults[1::2], strict=True):
             flags = flags if flag in given else (*flags, flag, value)

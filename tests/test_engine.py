@@ -69,7 +69,7 @@ class Numbered(torch.utils.data.Dataset):
 
 
 def test_predictions_come_in_order_one_a_photo():
-    accelerator = engine.build_accelerator("no")
+    accelerator = engine.build_accelerator("no", num_threads=1)
     loader = accelerator.prepare(data.eval_loader(Numbered(11), 4))
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1, 2))
     probabilities, labels = engine.predict(accelerator, net, loader)
@@ -96,7 +96,7 @@ def test_a_launcher_that_starts_one_process_of_two_is_an_error(photos_dir, tmp_p
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="says something of CPUs")
 def test_on_a_cpu_precision_is_float32_unless_asked_and_never_fp16(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert engine.build_accelerator("auto").mixed_precision == "no"
+    assert engine.build_accelerator("auto", num_threads=1).mixed_precision == "no"
     with pytest.raises(UserError, match="fp16 does nothing on a CPU"):
         engine.build_accelerator("fp16")
     assert os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
