@@ -66,7 +66,7 @@ def build_accelerator(
 
 
 def _default_threads() -> int:
-    """Return this process's share of the cores; `accelerate launch` sets OMP_NUM_THREADS=1 whatever the machine."""
+    """Return this process's share of the cores; `accelerate launch` sets OMP_NUM_THREADS=1 everywhere."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
     return max(cores // _local_processes(), 1)

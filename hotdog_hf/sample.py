@@ -24,6 +24,8 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from hotdog_hf.errors import UserError
+
 GENERATOR_VERSION = 1  # raise whenever the drawings change, so that samples drawn earlier are redrawn
 MARKER = "sample.json"
 LABELS = ("hotdog", "not-hotdog")
@@ -933,14 +935,14 @@ def _drawn_images(folder: Path) -> set[str]:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raise FileExistsError where redrawing would delete something that this module has not drawn."""
+    """Raise UserError where redrawing would delete something that this module has not drawn."""
     if not folder.exists():
         return
     contents = [path for path in folder.rglob("*") if not path.is_dir()]
     foreign = [path for path in contents if not OWN_FILES.fullmatch(path.relative_to(folder).as_posix())]
     if not folder.is_dir() or foreign or (contents and _read_marker(folder) is None):
         example = f" ({foreign[0].name}, for one)" if foreign else ""
-        raise FileExistsError(
+        raise UserError(
             f"{folder} exists and holds something other than a drawn sample{example}; nothing was changed. "
             "Choose another folder for the sample, or move this one out of the way."
         )

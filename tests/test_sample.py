@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from hotdog_hf import sample
+from hotdog_hf.errors import UserError
 from hotdog_hf.sample import LABELS, LOOKALIKES, MARKER, draw_image, draw_sample, kind_at
 
 SMALL = {"train": 4, "test": 2, "progress": False}
@@ -102,14 +103,14 @@ def test_foreign_folder_is_refused_and_left_alone(tmp_path: Path, name: str) -> 
     folder = tmp_path / "photos"
     (folder / name).parent.mkdir(parents=True)
     (folder / name).write_text("{}")
-    with pytest.raises(FileExistsError, match=r"photos.*another folder"):
+    with pytest.raises(UserError, match=r"photos.*another folder"):
         draw_sample(folder, **SMALL)
     assert contents(tmp_path) == {f"photos/{name}": b"{}"}
 
 
 def test_file_added_to_a_sample_is_never_deleted(copy: Path) -> None:
     (copy / "train" / "hotdog" / "mine.jpg").write_text("kept")
-    with pytest.raises(FileExistsError, match=r"mine\.jpg"):
+    with pytest.raises(UserError, match=r"mine\.jpg"):
         draw_sample(copy, **SMALL, seed=1)
     assert (copy / "train" / "hotdog" / "mine.jpg").read_text() == "kept"
 
@@ -117,7 +118,7 @@ def test_file_added_to_a_sample_is_never_deleted(copy: Path) -> None:
 def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "sample"
     path.write_text("kept")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError):
         draw_sample(path, **SMALL)
     assert path.read_text() == "kept"
 
