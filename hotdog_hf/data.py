@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from timm.data import create_transform
 from torchvision.transforms import v2
 
 from hotdog_hf.errors import UserError
+from hotdog_hf.hub import hub_errors
 from hotdog_hf.images import IMAGE_SUFFIXES, decode_image
 
 SPLIT_FOLDERS = {
@@ -25,31 +27,72 @@ SPLIT_FOLDERS = {
 }
 # The label of a padding photo; `torch.nn.functional.cross_entropy` leaves it out of the loss.
 IGNORED_LABEL = -100
+HUB_DATA_PREFIX = "hf://datasets/"
 
 
 def load_photos(
     data_dir: str | os.PathLike, val_fraction: float = 0.0, seed: int = 0
 ) -> datasets.DatasetDict:
-    """Wrap a data folder as the DatasetDict that `load_dataset("imagefolder")` makes: `image`, `label`.
+    """Load a data folder, or `hf://datasets/user/name`, as a DatasetDict of `image` (undecoded) and `label`.
 
-    The files are listed here, not found by `datasets`' patterns: those let the word "test" inside a file name
-    choose its split and drop what they do not match. Every split has the label order of the sorted class
-    names. `val_fraction` of train becomes a stratified `validation` split. Raises `UserError` for a folder
-    that is not in this form.
+    `val_fraction` of train becomes a stratified `validation` split. Raises `UserError` for what is not in
+    the expected form.
+    """
+    name = str(data_dir)
+    is_hub_data = name.startswith(HUB_DATA_PREFIX)
+    splits = _read_hub(name.removeprefix(HUB_DATA_PREFIX)) if is_hub_data else _read_folder(name)
+    if val_fraction:
+        splits |= _cut_validation(splits, val_fraction, seed)
+    return datasets.DatasetDict({name: splits[name] for name in SPLIT_FOLDERS if name in splits})
+
+
+def _read_folder(data_dir: str) -> dict[str, datasets.Dataset]:
+    """Make of a data folder what `load_dataset("imagefolder")` makes, out of an explicit list of files.
+
+    `datasets`' own patterns let the word "test" inside a file name choose its split, and drop what they do
+    not match. Every split has the label order of the sorted class names.
     """
     files = find_photos(data_dir)
     label_names = sorted(files["train"])
-    features = datasets.Features(
-        image=datasets.Image(decode=False), label=datasets.ClassLabel(names=label_names)
-    )
+    label = datasets.ClassLabel(names=label_names)
+    features = datasets.Features(image=datasets.Image(decode=False), label=label)
     splits = {}
     for split, classes in files.items():
         rows = [(str(path), label) for label, name in enumerate(label_names) for path in classes[name]]
         columns = {"image": [path for path, _ in rows], "label": [label for _, label in rows]}
         splits[split] = datasets.Dataset.from_dict(columns, features=features)
-    if val_fraction:
-        splits |= _cut_validation(splits, val_fraction, seed)
-    return datasets.DatasetDict({name: splits[name] for name in SPLIT_FOLDERS if name in splits})
+    return splits
+
+
+def _read_hub(repo: str) -> dict[str, datasets.Dataset]:
+    """Load an image-classification data set of the Hub: one image and one label column, train and test."""
+    with hub_errors(repo):
+        loaded = datasets.load_dataset(repo)
+    split_of = {alias: split for split, aliases in SPLIT_FOLDERS.items() for alias in aliases}
+    splits = {split_of[name]: _two_columns(repo, rows) for name, rows in loaded.items() if name in split_of}
+    if missing := {"train", "test"} - set(splits):
+        raise UserError(
+            f"{repo} has the splits {', '.join(loaded)}; {' and '.join(sorted(missing))} is missing"
+        )
+    for split, by_class in counts(datasets.DatasetDict(splits)).items():
+        if empty := [name for name, count in by_class.items() if not count]:
+            raise UserError(
+                f"no image of {empty[0]!r} in {repo}/{split}; every class needs some in every split"
+            )
+    return splits
+
+
+def _two_columns(repo: str, rows: datasets.Dataset) -> datasets.Dataset:
+    """Return the image and label columns under these names, images undecoded."""
+    images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    labels = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(images) != 1 or len(labels) != 1:
+        columns = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in rows.features.items())
+        raise UserError(f"{repo} must have one Image and one ClassLabel column, but has {columns}")
+    rows = rows.select_columns([*images, *labels]).rename_columns({images[0]: "image", labels[0]: "label"})
+    if unlabelled := sum(label < 0 for label in rows["label"]):
+        raise UserError(f"{repo}: {unlabelled} photos have no label")
+    return rows.cast_column("image", datasets.Image(decode=False))
 
 
 def find_photos(data_dir: str | os.PathLike) -> dict[str, dict[str, list[Path]]]:
@@ -117,14 +160,29 @@ def _cut_validation(
     return {"train": cut["train"], "validation": cut["test"]}
 
 
-def describe(photos: datasets.DatasetDict) -> str:
-    """Return a table of photo counts, a line a split and a column a class."""
+def counts(photos: datasets.DatasetDict) -> dict[str, dict[str, int]]:
+    """Return the number of photos by split and class name."""
     label_names = photos["train"].features["label"].names
-    lines = [" ".join(f"{name:>14}" for name in ["split", *label_names, "all"])]
-    for split, dataset in photos.items():
-        counts = np.bincount(dataset["label"][:], minlength=len(label_names))
-        lines.append(" ".join(f"{value:>14}" for value in [split, *counts, counts.sum()]))
-    return "\n".join(lines)
+    return {
+        split: dict(
+            zip(label_names, np.bincount(rows["label"][:], minlength=len(label_names)).tolist(), strict=True)
+        )
+        for split, rows in photos.items()
+    }
+
+
+def describe(counts: dict[str, dict[str, int]]) -> str:
+    """Return a table of photo counts, a line a split and a column a class."""
+    rows = [["split", *counts["train"], "all"]]
+    rows += [[split, *by_class.values(), sum(by_class.values())] for split, by_class in counts.items()]
+    return "\n".join(" ".join(f"{value:>14}" for value in row) for row in rows)
+
+
+def push_photos(photos: datasets.DatasetDict, repo: str, *, private: bool = False) -> str:
+    """Upload photos as a data set of the Hub, files as they are, and return its address."""
+    with hub_errors(repo):
+        photos.cast_column("image", datasets.Image()).push_to_hub(repo, private=private)
+    return f"{huggingface_hub.constants.ENDPOINT}/datasets/{repo}"
 
 
 def resolve_positive(label_names: list[str], positive_label: str | None) -> str | None:

@@ -1,19 +1,41 @@
-"""The saved model: one folder that timm and transformers load, with class names and preprocessing inside."""
+"""The saved model as one folder that every tool loads, and its way to and from the Hub."""
 
+import contextlib
 import copy
 import json
 import os
+import re
 import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import huggingface_hub
 import safetensors
 import timm
 import torch
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from hotdog_hf.errors import UserError
 
+MODEL_FILES = ("config.json", "model.safetensors")
+HUB_PREFIX = "hf-hub:"
+PROBE_SECONDS = 3
+# What a source model says of itself and its weights: no longer true of ours.
+SOURCE_KEYS = frozenset(
+    "url file hf_hub_id hf_hub_filename source state_dict tag license origin_url paper_name paper_ids notes"
+    " description label_offset label_names".split()
+)
 
-def save_model(model: torch.nn.Module, folder: str | os.PathLike) -> Path:
+
+def save_model(model: torch.nn.Module, folder: str | os.PathLike, license: str = "apache-2.0") -> Path:
     """Write `model.safetensors` and `config.json` (architecture, class names, preprocessing) as `folder`.
 
     The folder is written beside its place and moved there whole, replacing an earlier one.
@@ -24,10 +46,8 @@ def save_model(model: torch.nn.Module, folder: str | os.PathLike) -> Path:
     # safetensors takes plain memory only, not channels_last; the copy leaves the model in training as it is.
     plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
     cfg = plain.pretrained_cfg
-    # The weights are no longer the source's: neither are its tag, licence and address.
-    plain.pretrained_cfg = {key: value for key, value in cfg.items() if key not in _SOURCE_KEYS} | {
-        "tag": "hotdog_hf"
-    }
+    ours = {"tag": "hotdog_hf", "license": license}
+    plain.pretrained_cfg = {key: value for key, value in cfg.items() if key not in SOURCE_KEYS} | ours
     timm.models.save_for_hf(
         plain,
         str(part),
@@ -44,12 +64,6 @@ def save_model(model: torch.nn.Module, folder: str | os.PathLike) -> Path:
     return folder
 
 
-_SOURCE_KEYS = frozenset(
-    "url file hf_hub_id hf_hub_filename source state_dict tag license origin_url paper_name paper_ids notes"
-    " description label_offset label_names".split()
-)
-
-
 def _drop_doubled_num_classes(config_file: Path) -> None:
     """Keep `num_classes` at the root only: in `model_args` too (timm 1.0.31) it breaks transformers 5."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -57,19 +71,137 @@ def _drop_doubled_num_classes(config_file: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_model(name: str | os.PathLike) -> torch.nn.Module:
-    """Load a saved folder, ready for evaluation; the model carries its class names and preprocessing.
+def is_saved_model(name: str) -> bool:
+    """Tell whether `name` means a saved model: an existing folder, or `hf-hub:user/name`."""
+    return name.startswith(HUB_PREFIX) or Path(name).is_dir()
 
-    Raises `UserError` where the folder holds no such model.
+
+def load_model(name: str | os.PathLike) -> torch.nn.Module:
+    """Load a saved folder or a Hub model, ready for evaluation, carrying its class names and preprocessing.
+
+    `name` is a folder, or `user/name` or `hf-hub:user/name` with an optional `@revision`. Raises `UserError`
+    where there is no such model.
     """
     folder = Path(name)
-    for file in ("config.json", "model.safetensors"):
+    if not folder.exists() and re.fullmatch(rf"({HUB_PREFIX})?[^/:]+/[^/]+", str(name)):
+        repo, _, revision = str(name).removeprefix(HUB_PREFIX).partition("@")
+        with hub_errors(repo):
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    repo, revision=revision or None, allow_patterns=list(MODEL_FILES)
+                )
+            )
+    for file in MODEL_FILES:
         if not (folder / file).is_file():
-            raise UserError(f"{folder} is no saved model: it has no {file}")
+            raise UserError(f"{name} is no saved model: it has no {file}")
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load the model in {name}: {str(error).splitlines()[0]}") from error
     if not model.pretrained_cfg.get("label_names"):
-        raise UserError(f"{folder}/config.json names no classes (label_names)")
+        raise UserError(f"{name}: config.json names no classes (label_names)")
     return model
+
+
+def fetch_file(repo: str, names: Sequence[str]) -> Path:
+    """Return the first of the files `names` that a Hub model has, from the cache or downloaded.
+
+    Raises `UserError` within seconds where the Hub can't be reached: the download itself would retry for most
+    of a minute, so it is asked first with a short limit.
+    """
+    for name in names:
+        if isinstance(cached := huggingface_hub.try_to_load_from_cache(repo, name), str):
+            return Path(cached)
+    for name in names:
+        with hub_errors(repo):
+            try:
+                huggingface_hub.get_hf_file_metadata(
+                    huggingface_hub.hf_hub_url(repo, name), timeout=PROBE_SECONDS
+                )
+                return Path(huggingface_hub.hf_hub_download(repo, name))
+            except (
+                LocalEntryNotFoundError
+            ):  # the network went away; a kind of the error below, by inheritance
+                raise
+            except EntryNotFoundError:
+                continue
+    raise UserError(f"{repo} on the Hub holds none of {', '.join(names)}")
+
+
+def check_can_push(repo: str, repo_type: str = "model") -> None:
+    """Raise `UserError` where `push` would fail: a bad name, not logged in, no permission, no network."""
+    api = huggingface_hub.HfApi()
+    with hub_errors(repo):
+        huggingface_hub.utils.validate_repo_id(repo)
+        if "/" not in repo:
+            raise UserError(f"{repo!r} is no Hub name: it has the form user/name")
+        if huggingface_hub.get_token() is None:
+            raise UserError("not logged in to the Hub: run `hf auth login`, or set HF_TOKEN to a write token")
+        user = api.whoami()
+        if api.repo_exists(repo, repo_type=repo_type):
+            api.auth_check(repo, repo_type=repo_type, write=True)
+            return
+    namespace = repo.partition("/")[0]
+    owned = [user["name"], *(org["name"] for org in user.get("orgs", []))]
+    if namespace not in owned:
+        raise UserError(
+            f"no permission to create {repo}: you are {user['name']}, who writes to {', '.join(owned)}"
+        )
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(f"no permission to create {repo}: the token of {user['name']} may only read")
+
+
+def push_folder(
+    folder: str | os.PathLike, repo: str, *, private: bool = False, revision: str | None = None
+) -> str:
+    """Upload a model folder in one commit, creating repository and branch where needed; return its address.
+
+    What is unchanged isn't sent again. Raises `UserError` naming the cause; the folder stays as it is.
+    """
+    api = huggingface_hub.HfApi()
+    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+    operations = [huggingface_hub.CommitOperationAdd(path.name, path) for path in files]
+    try:
+        with hub_errors(repo):
+            url = api.create_repo(repo, private=private, exist_ok=True)
+            if revision:
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            api.create_commit(repo, operations, commit_message="Upload with hotdog_hf", revision=revision)
+    except UserError as error:
+        again = f"python scripts/push.py {folder} {repo}"
+        raise UserError(
+            f"{error}. Nothing is lost: {folder} is as it was; push it later with `{again}`"
+        ) from error
+    return f"{url}/tree/{revision}" if revision else str(url)
+
+
+@contextlib.contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Turn what the Hub client raises about `repo` into one `UserError` that says what to do."""
+    endpoint = huggingface_hub.constants.ENDPOINT
+    try:
+        yield
+    except HFValidationError as error:
+        raise UserError(f"{repo!r} is no Hub name: it has the form user/name ({error})") from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(f"cannot reach {endpoint} for {repo}, and it is not in the cache") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repo} on the Hub has no such revision") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{endpoint} has no {repo}, or it is private and you are not logged in (`hf auth login`)"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        reason = {
+            401: "the token is not valid: run `hf auth login`",
+            403: "your token has no permission for this",
+        }
+        raise UserError(f"{repo}: {reason.get(status, f'the Hub answered {status}: {error}')}") from error
+    except (OSError, RuntimeError, *_transport_errors()) as error:
+        raise UserError(f"cannot reach {endpoint} for {repo} ({type(error).__name__}: {error})") from error
+
+
+def _transport_errors() -> list[type[Exception]]:
+    """Return the error base of the HTTP library that this version of the Hub client has loaded."""
+    return [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]

@@ -5,18 +5,16 @@ import importlib.resources
 import pickle
 from pathlib import Path
 
-import huggingface_hub
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError
 
 from hotdog_hf.errors import UserError
+from hotdog_hf.hub import fetch_file
 
 # The chapter's weights are torchvision's; timm's default for the bare name was trained by another recipe.
 CHAPTER_MODEL = "resnet18.tv_in1k"
 BUNDLED_MODEL = "tf_efficientnet_lite0"
-HUB_TIMEOUT_SECONDS = 3
 
 
 def create_source(name: str, weights: str, image_size: int | None = None) -> torch.nn.Module:
@@ -34,6 +32,20 @@ def create_source(name: str, weights: str, image_size: int | None = None) -> tor
         return _load_into(name, _bundled_state_dict(name), "the bundled weights", options)
     path = Path(weights) if weights != "auto" else _timm_weights_file(name)
     return _load_into(name, _read_weights(path), str(path), options)
+
+
+def describe_source(name: str, weights: str) -> str:
+    """Say in a few words what training starts from; a Hub name for weights that have one."""
+    name = CHAPTER_MODEL if name == "resnet18" else name
+    kinds = {
+        "auto": f"timm/{name}",
+        "none": f"random weights of {name}",
+        "bundled": f"ImageNet weights of {name}",
+    }
+    is_hub_model = weights.startswith("hf-hub:")
+    return kinds.get(weights) or (
+        weights if is_hub_model else f"{name} with weights from {Path(weights).name}"
+    )
 
 
 def _check_name(name: str) -> None:
@@ -60,27 +72,13 @@ def _timm_weights_file(name: str) -> Path:
         raise UserError(f"timm has no pretrained weights on the Hub for {name}; pass --weights FILE, or none")
     repo = f"{cfg.hf_hub_id}{name}" if cfg.hf_hub_id.endswith("/") else cfg.hf_hub_id
     files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    for file in files:
-        if isinstance(cached := huggingface_hub.try_to_load_from_cache(repo, file), str):
-            return Path(cached)
-    for file in files:
-        try:
-            # Asked first with a short limit: the download itself would retry for most of a minute.
-            huggingface_hub.get_hf_file_metadata(
-                huggingface_hub.hf_hub_url(repo, file), timeout=HUB_TIMEOUT_SECONDS
-            )
-            return Path(huggingface_hub.hf_hub_download(repo, file))
-        except EntryNotFoundError:
-            continue
-        except (
-            Exception
-        ) as error:  # the Hub client's transport errors share no base class across its versions
-            raise UserError(
-                f"cannot fetch the weights of {repo} from {huggingface_hub.constants.ENDPOINT}"
-                f" ({type(error).__name__}: {error}); pass --weights FILE with a .safetensors or .pth file,"
-                f" --model {BUNDLED_MODEL} --weights bundled (no network needed), or --weights none (scratch)"
-            ) from error
-    raise UserError(f"{repo} on the Hub holds none of {', '.join(files)}; pass --weights FILE")
+    try:
+        return fetch_file(repo, files)
+    except UserError as error:
+        raise UserError(
+            f"{error}; pass --weights FILE with a .safetensors or .pth file,"
+            f" --model {BUNDLED_MODEL} --weights bundled (no network needed), or --weights none (scratch)"
+        ) from error
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -177,18 +175,20 @@ def replace_head(
     """Turn the source into the chapter's target model: its body, and one new linear layer for our classes.
 
     "xavier" draws the layer's weight by Xavier uniform and leaves the bias as `nn.Linear` draws it (Dive into
-    Deep Learning, section 14.2); "linear" leaves both. The model then carries `data_config` and the names.
+    Deep Learning, section 14.2); "linear" leaves both. A saved model of the very same classes keeps its head.
+    The model then carries `data_config` and the names.
     """
     if not isinstance(source.get_classifier(), torch.nn.Linear):
         kind = type(source.get_classifier()).__name__
         raise UserError(f"this model's classifier is a {kind}, not one linear layer; choose another --model")
     in_features = source.get_classifier().in_features
-    source.reset_classifier(len(label_names))
-    head = source.get_classifier()
-    assert head.in_features == in_features
-    torch.nn.Linear.reset_parameters(head)  # timm's models differ in how they draw a new classifier
-    if head_init == "xavier":
-        torch.nn.init.xavier_uniform_(head.weight)
+    if source.pretrained_cfg.get("label_names") != label_names:
+        source.reset_classifier(len(label_names))
+        head = source.get_classifier()
+        assert head.in_features == in_features
+        torch.nn.Linear.reset_parameters(head)  # timm's models differ in how they draw a new classifier
+        if head_init == "xavier":
+            torch.nn.init.xavier_uniform_(head.weight)
     source.pretrained_cfg = (
         source.pretrained_cfg
         | data_config

@@ -13,11 +13,12 @@ from hotdog_hf.errors import UserError, exit_on_user_error
 def main(config: TrainConfig) -> None:
     """Load photos and model, train, evaluate, save."""
     # Imported here so that --help and a mistyped flag answer before torch is loaded.
+    import dataclasses
     import time
 
     from accelerate.utils import broadcast_object_list, set_seed
 
-    from hotdog_hf import data, engine, hub, metrics, model, optim, plots, run
+    from hotdog_hf import card, data, engine, hub, metrics, model, optim, plots, run
     from hotdog_hf.download import download_photos
     from hotdog_hf.sample import draw_sample
 
@@ -26,6 +27,8 @@ def main(config: TrainConfig) -> None:
     set_seed(config.run.seed)
     say = accelerator.print
     say(f"{engine.describe_hardware(accelerator)}, seed {config.run.seed}")
+    if config.hub.push_to_hub and accelerator.is_main_process:
+        hub.check_can_push(config.hub.push_to_hub)
 
     # Photos. The test split chooses nothing: where there is a validation split, that alone judges the epochs.
     with accelerator.main_process_first():
@@ -39,10 +42,17 @@ def main(config: TrainConfig) -> None:
     watched = "validation" if "validation" in photos else "test"
     if config.run.keep == "best" and watched == "test":
         raise UserError("--keep best needs a validation split to choose by: add --val-fraction 0.1")
-    say(data.describe(photos), f"positive class: {positive_label or 'none, so macro averages'}", sep="\n")
+    say(
+        data.describe(data.counts(photos)),
+        f"positive class: {positive_label or 'none, so macro averages'}",
+        sep="\n",
+    )
 
     # Model: the source's body, a new head, and the preprocessing that both will always carry.
-    source = model.create_source(config.model.model, config.model.weights, config.data.image_size)
+    if hub.is_saved_model(config.model.weights):
+        source = hub.load_model(config.model.weights)
+    else:
+        source = model.create_source(config.model.model, config.model.weights, config.data.image_size)
     data_config = model.source_data_config(source, config.data.preprocessing, config.data.image_size)
     say(f"source head: {model.describe_head(source)}")
     net = model.replace_head(source, label_names, data_config, config.model.head_init)
@@ -120,7 +130,7 @@ def main(config: TrainConfig) -> None:
             run.append_metrics(run_dir, row)
             plots.plot_curves(rows, watched, run_dir / "curves.png")
             if improved if config.run.keep == "best" else epoch == config.optim.epochs:
-                hub.save_model(accelerator.unwrap_model(net), run_dir / "model")
+                hub.save_model(accelerator.unwrap_model(net), run_dir / "model", config.hub.license)
     accelerator.wait_for_everyone()
 
     # The kept model, on the test split.
@@ -132,7 +142,23 @@ def main(config: TrainConfig) -> None:
     final = run.final_row(rows, scores, seconds=time.perf_counter() - started)
     if accelerator.is_main_process:
         run.append_metrics(run_dir, final)
+        card.write_card(
+            run_dir,
+            name=(config.hub.push_to_hub or run_dir.name).rpartition("/")[2],
+            config=dataclasses.asdict(config),
+            counts=data.counts(photos),
+            scores=final,
+            positive_label=positive_label,
+            hardware=engine.describe_hardware(accelerator),
+            source=model.describe_source(config.model.model, config.model.weights),
+            data_config=data_config,
+        )
     say(run.describe_final(final, run_dir, engine.describe_hardware(accelerator)))
+    if config.hub.push_to_hub and accelerator.is_main_process:
+        say(
+            "pushed to",
+            hub.push_folder(run_dir / "model", config.hub.push_to_hub, private=config.hub.private),
+        )
     net, optimizer, *_ = engine.finish(accelerator, net, optimizer)
 
 

@@ -34,7 +34,8 @@ def test_the_folder_is_timms_own_without_pickle_or_the_sources_identity(tmp_path
     config = json.loads((folder / "config.json").read_text())
     assert "num_classes" not in config["model_args"] and config["num_classes"] == 2
     assert config["pretrained_cfg"]["tag"] == "hotdog_hf"
-    assert not {"license", "url", "hf_hub_id", "file"} & set(config["pretrained_cfg"])
+    assert config["pretrained_cfg"]["license"] == "apache-2.0"
+    assert not {"url", "hf_hub_id", "file"} & set(config["pretrained_cfg"])
     assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 2
 
 

@@ -1,0 +1,53 @@
+"""Upload a trained model, or a folder of photos as a data set, to the Hugging Face Hub.
+
+    python scripts/push.py runs/demo/model user/name
+    python scripts/push.py runs/demo/model user/name --private --revision try-2
+    python scripts/push.py --dataset my/photos user/name
+
+Log in once with `hf auth login`, or set HF_TOKEN.
+"""
+
+from dataclasses import dataclass
+
+import tyro
+from tyro.conf import Positional
+
+from hotdog_hf.errors import UserError, exit_on_user_error
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Upload a trained model, or with --dataset a folder of photos, to the Hugging Face Hub."""
+
+    # Folder to upload (a run's model/), then the Hub name user/name; with --dataset the name alone.
+    names: Positional[tuple[str, ...]]
+    # Data folder to upload as an image-classification data set instead.
+    dataset: str | None = None
+    # Make the repository private where it is new.
+    private: bool = False
+    # Branch to upload a model to, made where needed. Unset: main.
+    revision: str | None = None
+
+
+def main(config: PushConfig) -> None:
+    """Check the permission, then upload in one go."""
+    if len(config.names) != (1 if config.dataset else 2):
+        raise UserError("give a model folder and a Hub name: MODEL user/name, or --dataset DIR user/name")
+
+    from hotdog_hf import data, hub  # here, so that --help need not wait for torch
+
+    repo = config.names[-1]
+    if config.dataset:
+        photos = data.load_photos(config.dataset)
+        print(data.describe(data.counts(photos)))
+        hub.check_can_push(repo, repo_type="dataset")
+        print("pushed to", data.push_photos(photos, repo, private=config.private))
+    else:
+        hub.load_model(folder := config.names[0])  # what does not load is not worth uploading
+        hub.check_can_push(repo)
+        print("pushed to", hub.push_folder(folder, repo, private=config.private, revision=config.revision))
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(tyro.cli(PushConfig))
