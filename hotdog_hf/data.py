@@ -277,7 +277,7 @@ class PhotoDataset(torch.utils.data.Dataset):
 
 def _mix(*numbers: int) -> int:
     """Hash a few numbers into one well-spread seed, so that neighbours share nothing."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 class StepSampler(torch.utils.data.Sampler):

@@ -31,7 +31,7 @@ PROBE_SECONDS = 3
 # What a source model says of itself and its weights: no longer true of ours.
 SOURCE_KEYS = frozenset(
     "url file hf_hub_id hf_hub_filename source state_dict tag license origin_url paper_name paper_ids notes"
-    " description label_offset label_names".split()
+    " description label_offset label_names test_input_size test_crop_pct test_pool_size".split()
 )
 
 
@@ -52,7 +52,6 @@ def save_model(model: torch.nn.Module, folder: str | os.PathLike, license: str =
         plain,
         str(part),
         model_config={"label_names": cfg["label_names"]},
-        data_config=timm.data.resolve_model_data_config(model),
         safe_serialization=True,
     )
     _drop_doubled_num_classes(part / "config.json")

@@ -32,7 +32,7 @@ def test_the_folder_is_timms_own_without_pickle_or_the_sources_identity(tmp_path
     folder = hub.save_model(target(), tmp_path / "model")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     config = json.loads((folder / "config.json").read_text())
-    assert "num_classes" not in config["model_args"] and config["num_classes"] == 2
+    assert "num_classes" not in config.get("model_args", {}) and config["num_classes"] == 2
     assert config["pretrained_cfg"]["tag"] == "hotdog_hf"
     assert config["pretrained_cfg"]["license"] == "apache-2.0"
     assert not {"url", "hf_hub_id", "file"} & set(config["pretrained_cfg"])
