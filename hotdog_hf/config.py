@@ -31,6 +31,8 @@ class DataConfig:
     positive_label: str | None = None
     # Share of train to cut off as a stratified validation split (0: none).
     val_fraction: float = 0.0
+    # Photos that cannot be read: end with their names, or go on without and list them in the run's folder.
+    bad_images: Literal["fail", "skip"] = "fail"
     # Test-time geometry: the chapter's (resize to 8/7 of the size without keeping the aspect, centre crop,
     # bilinear) or the one that the pretrained model declares.
     preprocessing: Literal["chapter", "model"] = "chapter"
@@ -137,6 +139,15 @@ class RunConfig:
 
     # Where everything goes. Unset: runs/<recipe>-<time>.
     output_dir: str | None = None
+    # Save the run's whole state after this many steps, or after every "epoch".
+    checkpoint_every: int | Literal["epoch"] = "epoch"
+    # How many of these checkpoints to keep, the newest.
+    keep_checkpoints: int = 2
+    # Go on with a run that was cut off: "auto" (the newest checkpoint in --output-dir, or a new run where
+    # there is none), a run's folder, or a checkpoint's.
+    resume: str | None = None
+    # Go on although --epochs or --num-threads differ from the run's.
+    resume_anyway: bool = False
     # Which epoch's model is kept: the last, or the one with the best validation accuracy.
     keep: Literal["last", "best"] = "last"
     # Seed of the head's initialisation, the order of the photos, the augmentation and the validation split.
@@ -155,6 +166,9 @@ class RunConfig:
             self.num_threads,
             "is 1 or more",
         )
+        every = self.checkpoint_every
+        _require(every == "epoch" or every >= 1, "--checkpoint-every", every, 'is 1 or more, or "epoch"')
+        _require(self.keep_checkpoints >= 1, "--keep-checkpoints", self.keep_checkpoints, "is 1 or more")
         _require(self.seed >= 0, "--seed", self.seed, "must be 0 or more")
 
 

@@ -5,7 +5,8 @@ A data folder is `train/<class>/*` and `test/<class>/*`, optionally `validation/
 
 import math
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import datasets
@@ -17,36 +18,35 @@ from timm.data import create_transform
 from torchvision.transforms import v2
 
 from hotdog_hf.errors import UserError
+from hotdog_hf.folder import SPLIT_FOLDERS, find_photos
 from hotdog_hf.hub import hub_errors
-from hotdog_hf.images import IMAGE_SUFFIXES, decode_image
+from hotdog_hf.images import decode_image
 
-SPLIT_FOLDERS = {
-    "train": ("train",),
-    "validation": ("validation", "val", "valid"),
-    "test": ("test",),
-}
 # The label of a padding photo; `torch.nn.functional.cross_entropy` leaves it out of the loss.
 IGNORED_LABEL = -100
 HUB_DATA_PREFIX = "hf://datasets/"
 
 
 def load_photos(
-    data_dir: str | os.PathLike, val_fraction: float = 0.0, seed: int = 0
+    data_dir: str | os.PathLike,
+    val_fraction: float = 0.0,
+    seed: int = 0,
+    skip: Collection[Path] = (),
 ) -> datasets.DatasetDict:
     """Load a data folder, or `hf://datasets/user/name`, as a DatasetDict of `image` (undecoded) and `label`.
 
-    `val_fraction` of train becomes a stratified `validation` split. Raises `UserError` for what is not in
-    the expected form.
+    The files in `skip` are left out, and `val_fraction` of train becomes a stratified `validation` split.
+    Raises `UserError` for what is not in the expected form.
     """
     name = str(data_dir)
     is_hub_data = name.startswith(HUB_DATA_PREFIX)
-    splits = _read_hub(name.removeprefix(HUB_DATA_PREFIX)) if is_hub_data else _read_folder(name)
+    splits = _read_hub(name.removeprefix(HUB_DATA_PREFIX)) if is_hub_data else _read_folder(name, skip)
     if val_fraction:
         splits |= _cut_validation(splits, val_fraction, seed)
     return datasets.DatasetDict({name: splits[name] for name in SPLIT_FOLDERS if name in splits})
 
 
-def _read_folder(data_dir: str) -> dict[str, datasets.Dataset]:
+def _read_folder(data_dir: str, skip: Collection[Path]) -> dict[str, datasets.Dataset]:
     """Make of a data folder what `load_dataset("imagefolder")` makes, out of an explicit list of files.
 
     `datasets`' own patterns let the word "test" inside a file name choose its split, and drop what they do
@@ -58,7 +58,10 @@ def _read_folder(data_dir: str) -> dict[str, datasets.Dataset]:
     features = datasets.Features(image=datasets.Image(decode=False), label=label)
     splits = {}
     for split, classes in files.items():
-        rows = [(str(path), label) for label, name in enumerate(label_names) for path in classes[name]]
+        used = {name: [path for path in paths if path not in skip] for name, paths in classes.items()}
+        if empty := [name for name in label_names if not used[name]]:
+            raise UserError(f"no readable image is left in {data_dir}/{split}/{empty[0]}")
+        rows = [(str(path), label) for label, name in enumerate(label_names) for path in used[name]]
         columns = {"image": [path for path, _ in rows], "label": [label for _, label in rows]}
         splits[split] = datasets.Dataset.from_dict(columns, features=features)
     return splits
@@ -93,59 +96,6 @@ def _two_columns(repo: str, rows: datasets.Dataset) -> datasets.Dataset:
     if unlabelled := sum(label < 0 for label in rows["label"]):
         raise UserError(f"{repo}: {unlabelled} photos have no label")
     return rows.cast_column("image", datasets.Image(decode=False))
-
-
-def find_photos(data_dir: str | os.PathLike) -> dict[str, dict[str, list[Path]]]:
-    """List the image files of every split and class, sorted by path; `UserError` for a malformed folder."""
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise UserError(f"no such data folder: {root} (see --data-dir; `make demo` works without one)")
-    files = {}
-    for split, names in SPLIT_FOLDERS.items():
-        present = [root / name for name in names if (root / name).is_dir()]
-        if len(present) > 1:
-            raise UserError(
-                f"{root} has several {split} folders: {', '.join(p.name for p in present)}; keep one"
-            )
-        if present:
-            files[split] = {
-                folder.name: _image_files(folder)
-                for folder in sorted(present[0].iterdir())
-                if _is_class(folder)
-            }
-        elif split != "validation":
-            found = ", ".join(sorted(p.name for p in root.iterdir())[:10]) or "nothing"
-            raise UserError(
-                f"no {split}/ in {root} (found: {found}); a data folder has train/<class>/ and test/<class>/"
-            )
-    _check_classes(root, files)
-    return files
-
-
-def _is_class(folder: Path) -> bool:
-    return folder.is_dir() and not folder.name.startswith((".", "__MACOSX"))
-
-
-def _image_files(folder: Path) -> list[Path]:
-    """All image files below `folder`; hidden ones (`._photo.jpg` of a Mac's zip) are no photos."""
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
-
-
-def _check_classes(root: Path, files: dict[str, dict[str, list[Path]]]) -> None:
-    expected = sorted(files["train"])
-    if len(expected) < 2:
-        found = f"only {expected[0]!r}" if expected else "none"
-        raise UserError(f"{root}/train needs at least two class folders, found {found}")
-    for split, classes in files.items():
-        for name in sorted(set(expected) ^ set(classes)):
-            here, there = (split, "train") if name in classes else ("train", split)
-            raise UserError(
-                f"class {name!r} is in {root}/{here} but not in {there}/; class folders must agree"
-            )
-        for name, paths in classes.items():
-            if not paths:
-                raise UserError(f"no image in {root}/{split}/{name}; every class needs photos in every split")
 
 
 def _cut_validation(
@@ -183,6 +133,26 @@ def push_photos(photos: datasets.DatasetDict, repo: str, *, private: bool = Fals
     with hub_errors(repo):
         photos.cast_column("image", datasets.Image()).push_to_hub(repo, private=private)
     return f"{huggingface_hub.constants.ENDPOINT}/datasets/{repo}"
+
+
+def manifest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> dict[str, list[int]]:
+    """Return what tells whether photos have changed: each file's size and time by its path in the folder.
+
+    Photos of the Hub stand as one entry a split, with the fingerprint that `datasets` gives it.
+    """
+    entries = {}
+    for split, rows in photos.items():
+        if str(data_dir).startswith(HUB_DATA_PREFIX):
+            entries[f"{data_dir}/{split}"] = [rows._fingerprint, len(rows)]
+            continue
+        for row in rows:
+            path = Path(row["image"]["path"])
+            status = path.stat()
+            entries[str(path.relative_to(data_dir))] = [
+                status.st_size,
+                status.st_mtime_ns,
+            ]
+    return entries
 
 
 def resolve_positive(label_names: list[str], positive_label: str | None) -> str | None:
@@ -269,10 +239,12 @@ class PhotoDataset(torch.utils.data.Dataset):
             # The CPU generator only: torch.manual_seed would reset the GPU's as well, photo by photo.
             torch.default_generator.manual_seed(_mix(self.seed, epoch, max(index, 0)))
             pixel_values = self.transform(read_photo(row))
-        return {
-            "pixel_values": pixel_values,
-            "labels": IGNORED_LABEL if index == self.PADDING else row["label"],
-        }
+        label = IGNORED_LABEL if index == self.PADDING else row["label"]
+        return {"pixel_values": pixel_values, "labels": label, "index": max(index, 0)}
+
+    def name_of(self, index: int) -> str:
+        """Return the file of a photo, for messages."""
+        return self.rows[index]["image"]["path"] or f"photo {index}"
 
 
 def _mix(*numbers: int) -> int:
@@ -291,19 +263,30 @@ class StepSampler(torch.utils.data.Sampler):
     def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch = self.first_step = 0
+
+    def seek(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch that the next iteration goes through, and the steps of it to leave out."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def photos_skipped(self) -> int:
+        """Return the number of photos in the steps left out."""
+        return min(self.first_step * self.batch_size, self.size)
 
     def __len__(self) -> int:
         return math.ceil(self.size / self.batch_size)
 
     def step_sizes(self) -> list[int]:
-        """Return the number of photos of each batch over all processes."""
-        return [min(self.batch_size, self.size - start) for start in range(0, self.size, self.batch_size)]
+        """Return the number of photos of each batch to come over all processes."""
+        return [min(self.batch_size, self.size - start) for start in self._starts()]
+
+    def _starts(self) -> range:
+        return range(self.photos_skipped(), self.size, self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator).tolist()
-        for start in range(0, self.size, self.batch_size):
+        for start in self._starts():
             share = order[start : start + self.batch_size][self.rank :: self.world_size]
             yield [(self.epoch, index) for index in share or [PhotoDataset.PADDING]]
 
@@ -329,10 +312,21 @@ def eval_loader(
     return _loader(dataset, num_workers, pin, batch_size=batch_size)
 
 
+def _ignore_signals(_worker: int) -> None:
+    """Leave Ctrl-C and its kind to the main process, which needs its workers to finish the step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _loader(
     dataset: PhotoDataset, num_workers: int, pin: bool, **batching: object
 ) -> torch.utils.data.DataLoader:
     # A generator of its own: the loader's seed for its workers must not advance the global one.
     return torch.utils.data.DataLoader(
-        dataset, num_workers=num_workers, pin_memory=pin, generator=torch.Generator(), **batching
+        dataset,
+        worker_init_fn=_ignore_signals,
+        num_workers=num_workers,
+        pin_memory=pin,
+        generator=torch.Generator(),
+        **batching,
     )

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -128,28 +129,28 @@ def finish(accelerator: Accelerator, *prepared: object) -> list:
     return released
 
 
-def train_one_epoch(
+def train_steps(
     accelerator: Accelerator,
     model: torch.nn.Module,
     loader: torch.utils.data.DataLoader,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
+    totals: torch.Tensor,
     *,
     loss_reduction: str,
     accumulation_steps: int = 1,
     title: str = "",
-) -> dict[str, float]:
-    """Train one pass over `loader`, whose batches are this process's share of one optimizer step each.
+) -> Iterator[None]:
+    """Train over the rest of an epoch, yielding after every optimizer step.
 
-    Returns `train_loss` (mean per photo) and `train_accuracy` over all processes, measured on the augmented
-    photos while the weights move, as in the chapter, and the speed.
+    Each batch of `loader` is this process's share of one step. `totals` [3] (sums of loss, correct answers,
+    photos) grows in place: measured on the augmented photos while the weights move, as in the chapter.
     """
     model.train()
-    step_sizes = loader.batch_sampler.step_sizes()
-    totals = torch.zeros(3, device=accelerator.device)  # loss, correct, photos: on the device, read seldom
-    start = time.perf_counter()
-    bar = tqdm(total=sum(step_sizes), desc=title, unit="img", leave=False, disable=_no_bar(accelerator))
-    for batch, step_size in zip(loader, step_sizes, strict=True):
+    bar = tqdm(desc=title, unit="img", leave=False, disable=_no_bar(accelerator))
+    bar.total, unchecked = loader.batch_sampler.size, None
+    bar.update(loader.batch_sampler.photos_skipped())
+    for batch, step_size in zip(loader, loader.batch_sampler.step_sizes(), strict=True):
         images = batch["pixel_values"].to(accelerator.device, memory_format=MEMORY_FORMAT, non_blocking=True)
         labels = batch["labels"].to(accelerator.device, non_blocking=True)
         # DDP averages the gradients of the processes: times their number they are the sum over the whole
@@ -163,19 +164,59 @@ def train_one_epoch(
                 loss = F.cross_entropy(logits, label_piece, reduction="sum", ignore_index=IGNORED_LABEL)
                 accelerator.backward(loss * scale)
             totals += _batch_totals(loss, logits, label_piece)
+        if unchecked:  # one step late, so that the GPU never waits for the answer
+            _require_finite(*unchecked)
+        unchecked = (loss.detach(), batch["index"], loader.dataset, schedule.get_last_lr())
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         bar.update(step_size)
         _show(bar, totals)
+        yield
+    if unchecked:
+        _require_finite(*unchecked)
     bar.close()
+
+
+class NonFiniteLossError(UserError):
+    """The loss has become NaN or infinite."""
+
+
+def _require_finite(
+    loss: torch.Tensor, indices: torch.Tensor, dataset: torch.utils.data.Dataset, rates: list[float]
+) -> None:
+    if not torch.isfinite(loss):
+        names = [dataset.name_of(index) for index in indices[:5].tolist()]
+        raise NonFiniteLossError(
+            f"the loss became {loss.item()} at learning rates from {min(rates):.3g} to {max(rates):.3g},"
+            f" on {len(indices)} photos: {', '.join(names)}{', ...' if len(indices) > 5 else ''}"
+        )
+
+
+def epoch_row(accelerator: Accelerator, totals: torch.Tensor, seconds: float) -> dict[str, float]:
+    """Return the epoch's loss (mean per photo) and accuracy over all processes, its seconds and its speed."""
     loss_sum, correct, count = accelerator.reduce(totals).tolist()
     return {
         "train_loss": loss_sum / count,
         "train_accuracy": correct / count,
-        "train_seconds": (seconds := time.perf_counter() - start),
+        "train_seconds": seconds,
         "examples_per_second": count / seconds,
     }
+
+
+def log(accelerator: Accelerator, row: dict, step: int) -> None:
+    """Send numbers to the tracker; one that has gone away never ends a run."""
+    try:
+        accelerator.log(row, step=step)
+    except Exception as error:  # whatever a tracker's network client raises
+        accelerator.print(f"warning: the tracker took no numbers: {type(error).__name__}: {error}")
+
+
+def agree(accelerator: Accelerator, flag: bool) -> bool:
+    """Return whether any process has `flag` set; every process gets the same answer."""
+    if accelerator.num_processes == 1:
+        return flag
+    return accelerator.reduce(torch.tensor(int(flag), device=accelerator.device)).item() > 0
 
 
 def _batch_totals(loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

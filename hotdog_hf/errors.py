@@ -2,12 +2,26 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 
 
 class UserError(Exception):
     """A mistake the user can mend; the message names the file or value, the fault, and what to do next."""
+
+
+def message_of(error: UserError) -> str:
+    """Return the message in one line; a loader worker's error arrives with its traceback above it."""
+    text = str(error)
+    if "Traceback (most recent call last)" in text:
+        text = re.sub(r"^hotdog_hf\.\w+\.\w+: ", "", text.strip().splitlines()[-1])
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """Return the text with line breaks, escape sequences and undecodable bytes written out."""
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 @contextlib.contextmanager
@@ -18,7 +32,5 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error (process {rank})"
-        # A loader worker's error arrives with its traceback in the text; the message is the last line.
-        message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        print(f"{prefix}: {message}", file=sys.stderr, flush=True)
+        print(f"{prefix}: {message_of(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -1,12 +1,23 @@
-"""The folder of one training run: made once, never shared, its records written line by line."""
+"""The folder of one training run: its lock, its records, and what is printed of it."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shlex
+import signal
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
+import safetensors
+
 from hotdog_hf.errors import UserError
+
+# A launcher passes on the signal that the terminal has sent already: within this time two are one.
+SAME_SIGNAL_SECONDS = 1.0
 
 
 def default_run_dir(recipe: str) -> Path:
@@ -14,28 +25,87 @@ def default_run_dir(recipe: str) -> Path:
     return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def create_run_dir(path: str | os.PathLike, config: object) -> Path:
-    """Make the run's folder with its config in it; `UserError` where another run is, or no place."""
+def open_run_dir(path: str | os.PathLike, resume: bool = False) -> tuple[Path, filelock.FileLock]:
+    """Make the run's folder, or with `resume` enter one that exists; return it with the lock that is held.
+
+    The lock is the system's and ends with the process, however that ends; keep it referenced. Raises
+    `UserError` where another run is or was, or where nothing can be written.
+    """
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # "x": of two runs that start into one folder, the file system lets one win.
-        with (folder / "config.json").open("x", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(config), file, indent=2)
-            file.write("\n")
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+        if not resume and (folder / "config.json").exists():
+            raise UserError(
+                f"{folder} holds a run already; give another --output-dir, or go on with it by --resume auto"
+            )
+    except filelock.Timeout as error:
+        raise UserError(f"another process is running in {folder}; give another --output-dir") from error
     except FileExistsError as error:
-        if not folder.is_dir():
-            raise UserError(f"--output-dir {folder} is a file") from error
-        raise UserError(f"{folder} holds a run already; give another --output-dir or remove it") from error
+        raise UserError(f"--output-dir {folder} is a file") from error
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from error
-    return folder
+    return folder, lock
 
 
-def append_metrics(run_dir: Path, row: dict) -> None:
-    """Add one JSON line to `metrics.jsonl`."""
-    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+def write_json(path: Path, content: object) -> None:
+    """Write JSON whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def write_metrics(run_dir: Path, rows: list[dict]) -> None:
+    """Write `metrics.jsonl`, a line an epoch and the final one, whole or not at all."""
+    part = run_dir / "metrics.jsonl.part"
+    part.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+    part.replace(run_dir / "metrics.jsonl")
+
+
+@contextlib.contextmanager
+def writing_to(run_dir: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that has gone into a `UserError` that names the folder."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot write to {run_dir}: {error}") from error
+
+
+class StopSignal:
+    """SIGTERM, Ctrl-C or SIGUSR1 (SLURM's warning) as a wish to stop after the step; a second one kills."""
+
+    def __init__(self) -> None:
+        self.number, self.time = 0, 0.0
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if self.number and now - self.time > SAME_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.number:
+            self.number, self.time = int(number), now
+            print(
+                f"\n{signal.Signals(number).name}: finishing the step and saving", file=sys.stderr, flush=True
+            )
+
+    @property
+    def exit_code(self) -> int:
+        """The shell's code for a process that a signal ended: 143 for SIGTERM, 130 for Ctrl-C."""
+        return 128 + self.number
+
+
+def resume_command(run_dir: Path) -> str:
+    """Return the command line that goes on with this run."""
+    words, given = [], iter(sys.argv)
+    for word in given:
+        if word in ("--output-dir", "--resume"):
+            next(given, None)
+        elif not word.startswith(("--output-dir=", "--resume=")):
+            words.append(word)
+    return shlex.join(["python", *words, "--output-dir", str(run_dir), "--resume", "auto"])
 
 
 def flatten(config: object) -> dict[str, str | int | float | bool]:

@@ -34,7 +34,7 @@ class FixedImages(torch.utils.data.Dataset):
         _, index = key
         padding = index == data.PhotoDataset.PADDING
         label = data.IGNORED_LABEL if padding else self.labels[index]
-        return {"pixel_values": self.images[max(index, 0)], "labels": label}
+        return {"pixel_values": self.images[max(index, 0)], "labels": label, "index": max(index, 0)}
 
 
 def network(batch_norm: str) -> nn.Module:
@@ -61,7 +61,7 @@ def plain_loop(batch_norm: str) -> nn.Module:
     )
     sampler = data.StepSampler(COUNT, BATCH_SIZE, images.seed)
     for epoch in range(1, EPOCHS + 1):
-        sampler.epoch = epoch
+        sampler.seek(epoch)
         for batch in sampler:
             indices = [index for _, index in batch]
             trainer.zero_grad()
@@ -86,16 +86,12 @@ def main(
     )
     net, optimizer = accelerator.prepare(net, optimizer)
     for epoch in range(1, EPOCHS + 1):
-        loader.batch_sampler.epoch = epoch
-        row = engine.train_one_epoch(
-            accelerator,
-            net,
-            loader,
-            optimizer,
-            schedule,
-            loss_reduction=loss_reduction,
-            accumulation_steps=int(accumulation_steps),
-        )
+        loader.batch_sampler.seek(epoch)
+        totals = torch.zeros(3, device=accelerator.device)
+        knobs = {"loss_reduction": loss_reduction, "accumulation_steps": int(accumulation_steps)}
+        for _ in engine.train_steps(accelerator, net, loader, optimizer, schedule, totals, **knobs):
+            pass
+        row = engine.epoch_row(accelerator, totals, seconds=1.0)
     accelerator.print(accelerator.num_processes, row["train_loss"], row["train_accuracy"])
     if accelerator.is_main_process:
         weights = accelerator.unwrap_model(net).state_dict()

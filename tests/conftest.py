@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # Before torch or any Hugging Face library is imported, here and in every subprocess.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+# No cache of the person's who runs the tests is read or written.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hotdog_hf-tests-")
 
 import numpy as np
 import pytest

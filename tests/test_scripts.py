@@ -28,7 +28,7 @@ def test_a_run_leaves_what_the_readme_promises(chapter_run):
     done, run_dir = chapter_run
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in run_dir.iterdir()) == [
-        "config.json", "curves.png", "metrics.jsonl", "model", "samples.png",
+        ".lock", "checkpoints", "config.json", "curves.png", "identity.json", "metrics.jsonl", "model", "samples.png",
     ]  # fmt: skip
     first, second, final = metrics_of(run_dir)
     assert (first["epoch"], second["epoch"], final["final"]) == (1, 2, True)
@@ -161,19 +161,27 @@ def break_photos(folder):
             lambda f: [shutil.rmtree(f / s / "hotdog") for s in ("train", "test")],
             "at least two class folders",
         ),
-        (break_photos, r"cannot read .*train/hotdog/003\.png as an image"),
+        (break_photos, r"1 of 36 photos cannot be used: cannot read .*train/hotdog/003\.png as an image"),
     ],
 )
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_photos_are_named(train, photos_dir, tmp_path, harm, message, workers):
-    if workers and harm is not break_photos:
-        pytest.skip("refused before any worker starts")
+def test_bad_photos_are_named(train, photos_dir, tmp_path, harm, message):
     folder = shutil.copytree(photos_dir, tmp_path / "photos")
     harm(folder)
-    done = train(folder, tmp_path / "run", "--num-workers", workers)
+    done = train(folder, tmp_path / "run")
     assert done.returncode == 2
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert re.search(message, line) and "Traceback" not in done.stderr
+
+
+def test_bad_photos_are_skipped_when_told_to_and_listed(train, photos_dir, tmp_path):
+    folder = shutil.copytree(photos_dir, tmp_path / "photos")
+    break_photos(folder)
+    done = train(folder, tmp_path / "run", "--epochs", 1, "--bad-images", "skip", launcher=TWO_PROCESSES)
+    assert done.returncode == 0, done.stderr
+    assert "train             12             12             24" in done.stdout
+    assert json.loads((tmp_path / "run/skipped_images.json").read_text()) == [
+        str(folder / "train/hotdog/003.png")
+    ]
 
 
 def test_two_runs_do_not_share_a_folder(chapter_run, train, photos_dir):

@@ -1,0 +1,249 @@
+"""The whole state of a run on disk, so that a killed run goes on to the very bit.
+
+A checkpoint is a folder of plain data: `state.safetensors` holds every tensor (weights, optimizer, torch's
+random state), `state.json` the rest (optimizer hyperparameters, schedule, gradient scaler, Python's and
+numpy's random state, progress). Nothing in it is pickled. The position in the data needs no state of its own:
+order and augmentation follow from (seed, epoch, photo), see `hotdog_hf.data`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from hotdog_hf.errors import UserError
+
+# Knobs that change neither weights nor numbers: a run may go on with others.
+HARMLESS = frozenset(
+    "data_dir num_workers output_dir resume resume_anyway checkpoint_every keep_checkpoints tracker"
+    " push_to_hub private license".split()
+)
+# Knobs that a run may go on with if --resume-anyway says so: what is done stays right.
+CHANGEABLE = frozenset(["epochs", "num_threads"])
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    # The epoch in training, from 1, and the optimizer steps done in it and in all.
+    epoch: int = 1
+    step: int = 0
+    total_steps: int = 0
+    # The head's learning rate at the start of this epoch, and the seconds spent on its steps.
+    learning_rate: float = 0.0
+    seconds: float = 0.0
+    # Sums over the photos seen in this epoch by each process: loss, correct, photos.
+    totals: list[list[float]] = field(default_factory=list)
+    # One row of metrics for every finished epoch, and the best accuracy among them.
+    rows: list[dict] = field(default_factory=list)
+    best_accuracy: float = -1.0
+
+
+def save(
+    run_dir: Path,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    progress: Progress,
+    totals: torch.Tensor,
+    keep: int,
+) -> Path:
+    """Write `run_dir/checkpoints/step-NNNNNNNN`, whole or not at all, and drop all but the newest `keep`.
+
+    To be called by every process, each with its own `totals` [3]. Raises `UserError` where the loss or the
+    disk does not allow it; the earlier checkpoints stay.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    own = {
+        "totals": totals.tolist(),
+        "python": [python_state[0], list(python_state[1]), python_state[2]],
+        "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(accelerator.device) if accelerator.device.type == "cuda" else None,
+    }
+    processes = gather_object([own])
+    progress = dataclasses.replace(progress, totals=[process.pop("totals") for process in processes])
+    folder = run_dir / "checkpoints" / f"step-{progress.total_steps:08}"
+    if not all(math.isfinite(value) for row in progress.totals for value in row):
+        raise UserError("the loss is not finite, so no checkpoint is written")
+    if accelerator.is_main_process:
+        optimizer_state = optimizer.state_dict()
+        tensors = {
+            f"model.{name}": value for name, value in accelerator.unwrap_model(model).state_dict().items()
+        }
+        plain: dict[str, dict] = {}
+        for index, state in optimizer_state["state"].items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{index}.{name}"] = value
+                else:
+                    plain.setdefault(str(index), {})[name] = value
+        for rank, process in enumerate(processes):
+            tensors |= {f"random.{rank}.{name}": process.pop(name) for name in ("torch", "cuda")}
+        state = {
+            "progress": dataclasses.asdict(progress),
+            "optimizer": {"param_groups": optimizer_state["param_groups"], "state": plain},
+            "schedule": schedule.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "random": processes,
+        }
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items() if value is not None}
+        try:
+            _write(folder, tensors, state)
+            _prune(folder.parent, keep)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"cannot write the checkpoint {folder}: {error}") from error
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _write(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
+    """Write beside the place, flush to the disk, and move there."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    safetensors.torch.save_file(tensors, part / "state.safetensors")
+    (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    for path in (*part.iterdir(), part):
+        _flush(path)
+    if folder.exists():  # the same step again, after a resume from an earlier checkpoint
+        shutil.rmtree(folder)
+    part.rename(folder)
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _prune(checkpoints: Path, keep: int) -> None:
+    for old in _finished(checkpoints)[:-keep]:
+        # Renamed first, so that one that is half removed is never taken for a checkpoint.
+        shutil.rmtree(old.rename(old.with_name(f"{old.name}.part")))
+
+
+def _finished(checkpoints: Path) -> list[Path]:
+    return sorted(path for path in checkpoints.glob("step-*") if path.suffix != ".part")
+
+
+def latest(run_dir: str | os.PathLike) -> Path | None:
+    """Return the newest checkpoint of a run, or None."""
+    return next(reversed(_finished(Path(run_dir) / "checkpoints")), None)
+
+
+def find(resume: str | None, output_dir: str | None) -> Path | None:
+    """Return the checkpoint that `--resume` means: "auto", a run's folder, or a checkpoint's folder.
+
+    "auto" is the newest one in `--output-dir`, or None where there is none yet. Raises `UserError` for a path
+    without a checkpoint.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        if output_dir is None:
+            raise UserError("--resume auto looks into --output-dir; give that, or --resume RUN_FOLDER")
+        return latest(output_dir)
+    path = Path(resume)
+    found = path if (path / "state.json").is_file() else latest(path)
+    if found is None:
+        raise UserError(f"--resume {resume}: no checkpoint there (a run's folder has them in checkpoints/)")
+    if output_dir is not None and Path(output_dir).resolve() != run_dir_of(found).resolve():
+        raise UserError(
+            f"--resume {resume} goes on in {run_dir_of(found)}; leave out --output-dir {output_dir}"
+        )
+    return found
+
+
+def run_dir_of(checkpoint: Path) -> Path:
+    """Return the run that a checkpoint belongs to."""
+    return checkpoint.parent.parent
+
+
+def check_same_run(saved: dict, now: dict, anyway: bool) -> None:
+    """Raise `UserError` naming what differs between two descriptions of a run.
+
+    Each holds `config` (in groups), `num_processes` and `photos` (path to size and time).
+    """
+    differences, refused = [], False
+    knobs, knobs_now = _flat(saved["config"]), _flat(now["config"])
+    for name in sorted(knobs.keys() | knobs_now.keys()):
+        before, after = knobs.get(name), knobs_now.get(name)
+        if before != after and name not in HARMLESS:
+            differences.append(f"--{name.replace('_', '-')} was {before}, is {after}")
+            refused |= name not in CHANGEABLE
+    if saved["num_processes"] != now["num_processes"]:
+        differences.append(f"{saved['num_processes']} processes were used, now {now['num_processes']}")
+        refused = True
+    photos, photos_now = saved["photos"], now["photos"]
+    changed = sorted(
+        name for name in photos.keys() | photos_now.keys() if photos.get(name) != photos_now.get(name)
+    )
+    if changed:
+        kind = "removed" if changed[0] not in photos_now else "changed" if changed[0] in photos else "added"
+        differences.append(f"{len(changed)} photos differ, first {changed[0]} ({kind})")
+        refused = True
+    if differences and (refused or not anyway):
+        way_out = "start a new run" if refused else "add --resume-anyway to go on all the same"
+        raise UserError(f"cannot resume: {'; '.join(differences)}. {way_out.capitalize()}")
+
+
+def _flat(config: dict) -> dict:
+    knobs = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    for group in config.values():
+        knobs |= group if isinstance(group, dict) else {}
+    return knobs
+
+
+def load(
+    folder: Path,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> tuple[Progress, torch.Tensor]:
+    """Put everything back as it was at `folder`; return the progress and this process's totals [3]."""
+    try:
+        tensors = safetensors.torch.load_file(folder / "state.safetensors")
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"the checkpoint {folder} cannot be read: {error}") from error
+    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = value
+    accelerator.unwrap_model(model).load_state_dict(parts["model"])
+
+    optimizer_state = {int(index): values for index, values in state["optimizer"]["state"].items()}
+    for name, value in parts["optimizer"].items():
+        index, _, key = name.partition(".")
+        optimizer_state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["optimizer"]["param_groups"]})
+    schedule.load_state_dict(state["schedule"])
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
+
+    rank = accelerator.process_index
+    own = state["random"][rank]
+    random.setstate((own["python"][0], tuple(own["python"][1]), own["python"][2]))
+    np.random.set_state((own["numpy"][0], np.array(own["numpy"][1], np.uint32), *own["numpy"][2:]))
+    torch.set_rng_state(parts["random"][f"{rank}.torch"])
+    if f"{rank}.cuda" in parts["random"]:
+        torch.cuda.set_rng_state(parts["random"][f"{rank}.cuda"], accelerator.device)
+    progress = Progress(**state["progress"])
+    return progress, torch.tensor(progress.totals[rank], device=accelerator.device)

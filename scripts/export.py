@@ -1,0 +1,46 @@
+"""Export a saved model to ONNX: one file that predicts without torch.
+
+python scripts/export.py runs/demo/model model.onnx
+python scripts/export.py runs/demo/model model.onnx --opset 18
+python scripts/predict.py model.onnx my/photos
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from hotdog_hf.errors import exit_on_user_error
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Export a saved model to ONNX, checked against PyTorch before it is written."""
+
+    # Folder of a saved model.
+    model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
+    # File to write; it holds the class names and the preprocessing too.
+    out: Annotated[str, Positional, tyro.conf.arg(metavar="OUT.onnx")]
+    # Version of the ONNX operators.
+    opset: int = 17
+
+    def __post_init__(self) -> None:
+        if not self.out.endswith(".onnx"):
+            raise ValueError(f"OUT.onnx must end in .onnx, got {self.out!r}")
+        if not 7 <= self.opset <= 20:  # what torch.onnx.export knows without onnxscript
+            raise ValueError(f"--opset must be from 7 to 20, got {self.opset}")
+
+
+def main(config: ExportConfig) -> None:
+    """Export, check, write."""
+    # Imported here so that --help and a mistyped flag answer before torch is loaded.
+    from hotdog_hf.inference import export_onnx
+
+    difference = export_onnx(config.model, config.out, config.opset)
+    print(f"{config.out}: ONNX opset {config.opset}, probabilities within {difference:.0e} of PyTorch's")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(tyro.cli(ExportConfig))

@@ -1,0 +1,77 @@
+"""Say what is on images: a label and the probability of every class.
+
+python scripts/predict.py runs/demo/model photo.jpg my/photos 'more/**/*.png'   # files, folders, patterns
+find . -name '*.jpg' | python scripts/predict.py runs/demo/model - --format csv > predictions.csv
+python scripts/predict.py model.onnx my/photos --format jsonl --threshold 0.9   # an exported model, no torch
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from hotdog_hf.errors import UserError, exit_on_user_error, message_of
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Predict the class of images. Exit code 1: some could not be read, and were named on standard error."""
+
+    # Folder of a saved model, or a .onnx file made by scripts/export.py.
+    model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
+    # Image files, folders (with all below), quoted patterns, or - for paths on standard input, a line each.
+    paths: Annotated[list[str], Positional, tyro.conf.arg(metavar="PATH...")]
+    # A table to read; a JSON object a line, or CSV with a header, for programs.
+    format: Literal["table", "jsonl", "csv"] = "table"
+    # Choose the positive class where its probability is at least this. Unset: the most probable class.
+    threshold: float | None = None
+    # Class that --threshold speaks of. Unset: "hotdog" where that is one of two classes.
+    positive_label: str | None = None
+    # Images that go through the network together.
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("PATH... is missing: give image files, folders, patterns, or -")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"--threshold must be from 0 to 1, got {self.threshold}")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
+
+
+def main(config: PredictConfig) -> int:
+    """Load the model, predict, print; return the exit code."""
+    # Imported here so that --help and a mistyped flag answer before numpy and torch are loaded.
+    import signal
+    import sys
+
+    from tqdm import tqdm
+
+    from hotdog_hf import inference
+
+    predictor = inference.load_predictor(config.model)
+    choose = inference.decision_rule(predictor.label_names, config.positive_label, config.threshold)
+    # Ctrl-C and `| head` end it at once, without a word.
+    for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    # File names in another encoding leave as the bytes they came as.
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+    exit_code = 0
+    if header := inference.format_header(config.format, predictor.label_names):
+        print(header, flush=True)
+    results = inference.predict_paths(predictor, config.paths, choose, config.batch_size)
+    # None lets tqdm decide: a bar on a terminal, unless the predictions themselves appear there.
+    for result in tqdm(results, unit="img", leave=False, disable=sys.stdout.isatty() or None):
+        if isinstance(result, UserError):
+            tqdm.write(f"error: {message_of(result)}", file=sys.stderr)
+            exit_code = 1
+        else:
+            print(inference.format_prediction(config.format, result), flush=True)
+    return exit_code
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        raise SystemExit(main(tyro.cli(PredictConfig)))

@@ -1,0 +1,354 @@
+"""Runs that are killed, stopped, or hindered, and how they go on."""
+
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, TINY_MODEL, run
+from test_engine import TWO_PROCESSES
+
+from hotdog_hf import checkpoint, data
+from hotdog_hf.errors import UserError
+
+# Kills of the whole process group in each setting; more by HOTDOG_KILLS=20.
+KILLS = int(os.environ.get("HOTDOG_KILLS", "2"))
+FLAGS = ("--epochs", 5, "--batch-size", 4, "--momentum", 0.9, "--schedule", "cosine", "--learning-rate", 1e-4)
+EVERY_STEP = ("--checkpoint-every", 1, "--resume", "auto")
+
+
+def numbers_of(run_dir):
+    """The run's metrics without what depends on the clock."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "train_seconds", "examples_per_second")
+    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
+
+
+def assert_same_run(run_dir, reference):
+    assert numbers_of(run_dir) == numbers_of(reference)
+    ours, theirs = (
+        safetensors.torch.load_file(folder / "model/model.safetensors") for folder in (run_dir, reference)
+    )
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+@pytest.fixture(scope="module")
+def reference(train, photos_dir, tmp_path_factory):
+    """The undisturbed run."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    done = train(photos_dir, run_dir, *FLAGS)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.fixture
+def start(photos_dir, tiny_weights):
+    """Start a training script in a process group of its own, without waiting; all are killed at the end."""
+    started = []
+
+    def start_train(run_dir, *flags, launcher=(sys.executable,), data_dir=photos_dir):
+        script = (ROOT / "scripts/train.py", "--data-dir", data_dir, "--output-dir", run_dir)
+        model = ("--model", TINY_MODEL, "--weights", tiny_weights, "--image-size", 64, "--num-threads", 1)
+        words = [str(word) for word in (*launcher, *script, *model, *flags)]
+        process = subprocess.Popen(
+            words, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        return process
+
+    yield start_train
+    for process in started:
+        kill_group(process)
+
+
+def kill_group(process):
+    """Kill -9 the process and its group; processes that a launcher puts into other groups go as well."""
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    for child in children:
+        child.kill()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_for(condition, process, seconds=120):
+    """Wait until `condition()` holds or the process has ended; say which."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.01)
+    raise AssertionError("timed out")
+
+
+def newest(run_dir):
+    found = checkpoint.latest(run_dir)
+    return found and found.name
+
+
+@pytest.mark.parametrize(
+    ("launcher", "workers"), [((sys.executable,), 0), ((sys.executable,), 2), (TWO_PROCESSES, 0)]
+)
+def test_a_run_killed_at_any_moment_goes_on_to_the_very_bit(
+    start, train, photos_dir, reference, tmp_path, launcher, workers
+):
+    if launcher == TWO_PROCESSES:
+        reference = tmp_path / "reference"
+        assert train(photos_dir, reference, *FLAGS, launcher=launcher).returncode == 0
+    run_dir, kills, chance = tmp_path / "run", 0, random.Random(workers)
+    flags = (*FLAGS, *EVERY_STEP, "--num-workers", workers)
+    while True:
+        process, before = start(run_dir, *flags, launcher=launcher), newest(run_dir)
+        # A moment after the first new checkpoint: in a step, in a checkpoint's writing, in an evaluation.
+        if not wait_for(lambda before=before: newest(run_dir) != before, process) or kills == KILLS:
+            break
+        time.sleep(chance.uniform(0, 0.5))
+        kill_group(process)
+        kills += 1
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert kills == 0 or "resumed from" in out
+    assert_same_run(run_dir, reference)
+    assert len(list((run_dir / "checkpoints").iterdir())) <= 3, "two are kept, and one may be half written"
+
+
+@pytest.fixture
+def dataset(photos_dir):
+    config = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return data.PhotoDataset(data.load_photos(photos_dir)["train"], data.train_transform(config), seed=1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
+def test_the_rest_of_an_epoch_has_the_same_photos_and_pixels(dataset, workers, rank, world_size):
+    loader = data.train_loader(dataset, 4, rank=rank, world_size=world_size, num_workers=workers)
+    loader.batch_sampler.seek(epoch=3)
+    whole = list(loader)
+    for step in (0, 1, len(whole) - 1, len(whole)):
+        loader.batch_sampler.seek(epoch=3, first_step=step)
+        rest = list(loader)
+        assert len(rest) == len(whole) - step == len(loader.batch_sampler.step_sizes())
+        for ours, theirs in zip(rest, whole[step:], strict=True):
+            assert ours["index"].tolist() == theirs["index"].tolist()
+            assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+)
+def test_a_signal_stops_after_the_step_and_the_printed_command_goes_on(
+    start, reference, tmp_path, number, code
+):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, *FLAGS, "--num-workers", 2)
+    assert wait_for(lambda: newest(run_dir), process)
+    os.killpg(process.pid, number)  # as a terminal does: workers get it too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "finishing the step and saving" in err and "Traceback" not in err
+    [command] = re.findall(r"go on with: python (.*)", out)
+    done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run_dir, reference)
+
+
+def test_a_second_signal_stops_at_once(start, tmp_path):
+    process = start(tmp_path / "run", "--epochs", 100000, "--checkpoint-every", 100000)
+    assert wait_for(lambda: newest(tmp_path / "run"), process)
+    process.send_signal(signal.SIGSTOP)  # so that the first one cannot be served before the second comes
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(1.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) in (-signal.SIGTERM, 143)
+
+
+@pytest.mark.parametrize(
+    ("flags", "launcher", "message"),
+    [
+        (("--momentum", 0.5), ("python",), "--momentum was 0.9, is 0.5. Start a new run"),
+        (("--seed", 1), ("python",), "--seed was 0, is 1"),
+        (("--epochs", 6), ("python",), "--epochs was 5, is 6. Add --resume-anyway"),
+        ((), TWO_PROCESSES, "1 processes were used, now 2"),
+    ],
+)
+def test_another_run_is_not_resumed_and_the_difference_named(
+    train, photos_dir, reference, tmp_path, flags, launcher, message
+):
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    given = [
+        value for pair in zip(FLAGS[::2], FLAGS[1::2], strict=True) if pair[0] not in flags for value in pair
+    ]
+    done = train(photos_dir, run_dir, *given, *flags, "--resume", "auto", launcher=launcher)
+    assert done.returncode != 0 and message in done.stderr
+    assert numbers_of(run_dir) == numbers_of(reference)
+
+
+def test_more_epochs_go_on_when_told_to(train, photos_dir, reference, tmp_path):
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    flags = ("--epochs", 6, *FLAGS[2:], "--resume", "auto", "--resume-anyway")
+    done = train(photos_dir, run_dir, *flags)
+    assert done.returncode == 0, done.stderr
+    assert [row.get("epoch") for row in numbers_of(run_dir)] == [1, 2, 3, 4, 5, 6, None]
+    assert numbers_of(run_dir)[:5] == numbers_of(reference)[:5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda f: (f / "train/hotdog/003.png").unlink(),
+            r"1 photos differ, first train/hotdog/003\.png \(removed\)",
+        ),
+        (
+            lambda f: shutil.copy(f / "test/hotdog/000.png", f / "test/hotdog/x.png"),
+            r"hotdog/x\.png \(added\)",
+        ),
+        (lambda f: os.utime(f / "train/hotdog/003.png", (1, 1)), r"hotdog/003\.png \(changed\)"),
+    ],
+)
+def test_other_photos_are_not_gone_on_with(photos_dir, tmp_path, change, message):
+    folder = shutil.copytree(photos_dir, tmp_path / "photos")
+    described = {"config": {"epochs": 1}, "num_processes": 1}
+    before = described | {"photos": data.manifest(data.load_photos(folder), folder)}
+    checkpoint.check_same_run(before, before, anyway=False)
+    change(folder)
+    now = described | {"photos": data.manifest(data.load_photos(folder), folder)}
+    with pytest.raises(UserError, match=message):
+        checkpoint.check_same_run(before, now, anyway=True)
+
+
+def test_two_runs_into_one_folder_at_once_are_refused(start, train, photos_dir, tmp_path):
+    process = start(tmp_path / "run", "--epochs", 100000)
+    assert wait_for(lambda: newest(tmp_path / "run"), process)
+    done = train(photos_dir, tmp_path / "run", "--epochs", 100000, "--batch-size", 128, "--resume", "auto")
+    assert done.returncode == 2 and "another process is running in" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("resume", "output_dir", "message"),
+    [
+        ("auto", None, "--resume auto looks into --output-dir"),
+        ("{tmp}", None, "no checkpoint there"),
+        ("{run}", "{tmp}", "leave out --output-dir"),
+    ],
+)
+def test_what_cannot_be_resumed_is_said(reference, tmp_path, resume, output_dir, message):
+    resume, output_dir = (
+        value and value.format(tmp=tmp_path, run=reference) for value in (resume, output_dir)
+    )
+    with pytest.raises(UserError, match=message):
+        checkpoint.find(resume, output_dir)
+
+
+def test_a_checkpoint_is_found_by_run_by_folder_and_by_auto(reference):
+    newest_one = checkpoint.latest(reference)
+    for resume, output_dir in ((str(reference), None), (str(newest_one), None), ("auto", str(reference))):
+        assert checkpoint.find(resume, output_dir) == newest_one
+    assert checkpoint.find("auto", str(reference / "new")) is None and checkpoint.find(None, None) is None
+
+
+def test_a_checkpoint_holds_no_pickle(reference):
+    assert {path.name for path in checkpoint.latest(reference).iterdir()} == {
+        "state.safetensors",
+        "state.json",
+    }
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rates_and_photos(train, photos_dir, tmp_path):
+    done = train(photos_dir, tmp_path / "run", "--learning-rate", 1e20, "--epochs", 2)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert re.match(
+        r"error: epoch 1, step \d+: the loss became (nan|inf) at learning rates from 1e\+20 to", line
+    )
+    assert ".png" in line and "Last good checkpoint: none" in line
+    assert checkpoint.latest(tmp_path / "run") is None
+
+
+def test_a_photo_that_becomes_unreadable_is_named_and_the_steps_before_are_kept(train, photos_dir, tmp_path):
+    folder = shutil.copytree(photos_dir, tmp_path / "photos")
+    # Found good by the check, whose cache goes by size and time, and broken since.
+    assert run("python", ROOT / "scripts/check_data.py", folder, cwd=tmp_path).returncode in (0, 1)
+    broken = folder / "train/hotdog/010.png"
+    content, times = broken.read_bytes(), broken.stat()
+    broken.write_bytes(b"x" * len(content))
+    os.utime(broken, ns=(times.st_atime_ns, times.st_mtime_ns))
+    done = train(folder, tmp_path / "run", "--epochs", 2)
+    assert done.returncode == 2 and f"cannot read {broken}" in done.stderr
+    assert str(checkpoint.latest(tmp_path / "run")) in done.stderr
+    broken.write_bytes(content)
+    os.utime(broken, ns=(times.st_atime_ns, times.st_mtime_ns))
+    done = train(folder, tmp_path / "run", "--epochs", 2, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    train(folder, tmp_path / "undisturbed", "--epochs", 2)
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(start, tmp_path):
+    """A limit on file sizes stands for the full disk: the first write beyond it fails."""
+    done = start(
+        tmp_path / "run", *FLAGS, launcher=("bash", "-c", 'ulimit -f 1000; exec "$0" "$@"', sys.executable)
+    )
+    _, err = done.communicate(timeout=120)
+    assert done.returncode == 2 and "Traceback" not in err
+    assert "cannot write" in err and str(tmp_path / "run") in err
+    assert checkpoint.latest(tmp_path / "run") is None
+
+
+def test_a_dying_process_ends_all_within_seconds_and_is_named(start, tmp_path):
+    launcher = start(tmp_path / "run", "--epochs", 100000, launcher=TWO_PROCESSES)
+    assert wait_for(lambda: newest(tmp_path / "run"), launcher)
+    [second] = [
+        child
+        for child in psutil.Process(launcher.pid).children(recursive=True)
+        if "train.py" in " ".join(child.cmdline()) and child.environ().get("RANK") == "1"
+    ]
+    second.kill()
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0 and re.search(r"rank\s*: 1 ", err)
+    assert not second.is_running()
+
+
+def test_the_random_state_comes_back(tmp_path):
+    import numpy as np
+    from book_loop import network
+
+    from hotdog_hf import engine, optim
+
+    accelerator = engine.build_accelerator("no", num_threads=1)
+    net = network("train")
+    groups = optim.parameter_groups(net, learning_rate=1e-3, head_lr_mult=1)
+    net, optimizer = accelerator.prepare(net, optim.build_optimizer(groups, "adamw"))
+    schedule = optim.build_schedule(optimizer, "cosine", 10)
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    parts = (accelerator, net, optimizer, schedule)
+    folder = checkpoint.save(tmp_path, *parts, checkpoint.Progress(total_steps=1), torch.ones(3), keep=1)
+    expected = random.random(), np.random.rand(), torch.rand(1), optimizer.param_groups[0]["lr"]
+    moments = {key: value.clone() for key, value in optimizer.state_dict()["state"][0].items()}
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    progress, totals = checkpoint.load(folder, *parts)
+    assert (random.random(), np.random.rand(), torch.rand(1), optimizer.param_groups[0]["lr"]) == expected
+    assert progress.total_steps == 1 and totals.tolist() == [1, 1, 1]
+    restored = optimizer.state_dict()["state"][0]
+    assert all(torch.equal(restored[key], value) for key, value in moments.items())
+    assert isinstance(folder, Path)
