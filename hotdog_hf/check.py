@@ -143,8 +143,8 @@ def require_readable(report: Report) -> None:
     if faults := [record.message for record in report.records.values() if record.fault]:
         more = f"; and {len(faults) - SHOWN} more" if faults[SHOWN:] else ""
         raise UserError(
-            f"{len(faults)} of {len(report.records)} photos cannot be used: {'; '.join(faults[:SHOWN])}{more}."
-            " Mend or remove them, or go on without them by --bad-images skip"
+            f"{len(faults)} of {len(report.records)} photos cannot be used:"
+            f" {'; '.join(faults[:SHOWN])}{more}. Mend or remove them, or go on without them by --bad-images skip"
         )
 
 
