@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from hotdog_hf.errors import UserError, printable
-from hotdog_hf.folder import Photos, class_faults, list_photos, plain_name, unused_files
+from hotdog_hf.folder import Photos, class_faults, find_photos, list_photos, plain_name, unused_files
 from hotdog_hf.images import decode_image
 
 # Every kind of finding, worst first: an error would make the numbers of a training wrong or stop it.
@@ -144,8 +144,20 @@ def require_readable(report: Report) -> None:
         more = f"; and {len(faults) - SHOWN} more" if faults[SHOWN:] else ""
         raise UserError(
             f"{len(faults)} of {len(report.records)} photos cannot be used:"
-            f" {'; '.join(faults[:SHOWN])}{more}. Mend or remove them, or go on without them by --bad-images skip"
+            f" {'; '.join(faults[:SHOWN])}{more}. Mend or remove them, or go on without them by"
+            " --bad-images skip"
         )
+
+
+def files_to_skip(data_dir: str | os.PathLike, policy: str, *, progress: bool) -> tuple[list[Path], str]:
+    """Check a folder as training does; return the files to leave out and a line to print.
+
+    With the policy "fail" a file that cannot be used is a `UserError`, with "skip" it is returned.
+    """
+    report = check_photos(find_photos(data_dir), cache_file=default_cache_file(), progress=progress)
+    if policy == "fail":
+        require_readable(report)
+    return unreadable(report), f"{summary(report)}; `python scripts/check_data.py {data_dir}` says more"
 
 
 def summary(report: Report) -> str:

@@ -152,6 +152,8 @@ class RunConfig:
     keep: Literal["last", "best"] = "last"
     # Seed of the head's initialisation, the order of the photos, the augmentation and the validation split.
     seed: int = 0
+    # Take only algorithms that give the same bits every time: slower on a GPU, and always so on a CPU.
+    deterministic: bool = False
     # Arithmetic. "auto": what accelerate was launched with, else bf16 on GPUs that have it, else float32.
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     # Threads of a process on a CPU. Unset: the cores, shared out among the processes (a launcher leaves one).

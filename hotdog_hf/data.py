@@ -292,24 +292,18 @@ class StepSampler(torch.utils.data.Sampler):
 
 
 def train_loader(
-    dataset: PhotoDataset,
-    batch_size: int,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    pin: bool = False,
+    dataset: PhotoDataset, batch_size: int, *, rank: int = 0, world_size: int = 1, num_workers: int = 0
 ) -> torch.utils.data.DataLoader:
     """Return batches of one optimizer step each: this process's share of `batch_size` photos, shuffled."""
     sampler = StepSampler(len(dataset), batch_size, dataset.seed, rank, world_size)
-    return _loader(dataset, num_workers, pin, batch_sampler=sampler, persistent_workers=num_workers > 0)
+    return _loader(dataset, num_workers, batch_sampler=sampler, persistent_workers=num_workers > 0)
 
 
 def eval_loader(
-    dataset: PhotoDataset, batch_size: int, *, num_workers: int = 0, pin: bool = False
+    dataset: PhotoDataset, batch_size: int, *, num_workers: int = 0
 ) -> torch.utils.data.DataLoader:
     """Return batches in the data set's own order, to be given to `accelerator.prepare`."""
-    return _loader(dataset, num_workers, pin, batch_size=batch_size)
+    return _loader(dataset, num_workers, batch_size=batch_size)
 
 
 def _ignore_signals(_worker: int) -> None:
@@ -318,15 +312,13 @@ def _ignore_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _loader(
-    dataset: PhotoDataset, num_workers: int, pin: bool, **batching: object
-) -> torch.utils.data.DataLoader:
-    # A generator of its own: the loader's seed for its workers must not advance the global one.
+def _loader(dataset: PhotoDataset, num_workers: int, **batching: object) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(
         dataset,
         worker_init_fn=_ignore_signals,
         num_workers=num_workers,
-        pin_memory=pin,
+        pin_memory=torch.cuda.is_available(),
+        # A generator of its own: the loader's seed for its workers must not advance the global one.
         generator=torch.Generator(),
         **batching,
     )

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import importlib.util
 import itertools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -25,7 +26,10 @@ MAX_WORKERS = 8
 
 
 def build_accelerator(
-    precision: str = "auto", tracker: str = "none", num_threads: int | None = None
+    precision: str = "auto",
+    tracker: str = "none",
+    num_threads: int | None = None,
+    deterministic: bool = False,
 ) -> Accelerator:
     """Create the Accelerator for the hardware at hand, with exactly the processes that were launched.
 
@@ -61,6 +65,9 @@ def build_accelerator(
             f"{wanted} processes were asked for, but this one sees {accelerator.num_processes}; use"
             " `accelerate launch --config_file accelerate_config.yaml --num_processes N scripts/train.py`"
         )
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
     if on_cpu:
         torch.set_num_threads(num_threads or _default_threads())
     return accelerator
@@ -210,6 +217,11 @@ def log(accelerator: Accelerator, row: dict, step: int) -> None:
         accelerator.log(row, step=step)
     except Exception as error:  # whatever a tracker's network client raises
         accelerator.print(f"warning: the tracker took no numbers: {type(error).__name__}: {error}")
+
+
+def pass_size(accelerator: Accelerator, batch_size: int, accumulation_steps: int) -> int:
+    """Return how many photos of a batch one process takes through the network at once."""
+    return math.ceil(batch_size / (accelerator.num_processes * accumulation_steps))
 
 
 def agree(accelerator: Accelerator, flag: bool) -> bool:

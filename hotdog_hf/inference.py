@@ -1,4 +1,4 @@
-"""A saved or exported model -> labels and probabilities of images, batch by batch; and the export to ONNX.
+"""A saved or exported model -> labels and probabilities of images, batch by batch.
 
 No torch at import: an exported model (.onnx) predicts with ONNX Runtime alone.
 """
@@ -11,22 +11,17 @@ import itertools
 import json
 import os
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.images import IMAGE_SUFFIXES, decode_image, preprocess
 
 MAX_DECODERS = 8
-# How far an exported model's probabilities may be from PyTorch's.
-EXPORT_TOLERANCE = 1e-4
 NEEDS_ONNX = 'this needs onnx and onnxruntime: pip install -e ".[onnx]"'
 
 
@@ -226,67 +221,3 @@ def _csv_line(cells: list[str]) -> str:
     line = io.StringIO()
     csv.writer(line).writerow(cells)
     return line.getvalue().removesuffix("\r\n")
-
-
-def export_onnx(name: str | os.PathLike, out: str | os.PathLike, opset: int = 17) -> float:
-    """Write a saved model as an ONNX file with class names and preprocessing inside, for any batch size.
-
-    It is compared with PyTorch before it takes its place; returns the largest difference of a probability.
-    Raises `UserError`, and leaves `out` as it was, where they disagree or the model cannot be exported.
-    """
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401 (asked for here, before the work)
-    except ModuleNotFoundError as error:
-        raise UserError(NEEDS_ONNX) from error
-    import torch
-
-    from hotdog_hf import hub, model
-
-    net = hub.load_model(name)
-    label_names, data_config = model.label_names_of(net), model.data_config_of(net)
-    net = torch.nn.Sequential(net, torch.nn.Softmax(dim=1)).eval()
-    draw = np.random.default_rng(0).integers
-    pictures = [
-        draw(0, 256, (height, width, 3), np.uint8) for height, width in ((60, 40), (40, 60), (300, 200))
-    ]
-    samples = np.stack([preprocess(Image.fromarray(picture), data_config) for picture in pictures])
-    with torch.inference_mode():
-        expected = net(torch.from_numpy(samples)).numpy()
-    buffer, batch = io.BytesIO(), {0: "batch"}
-    try:
-        with warnings.catch_warnings():
-            # This exporter is the older one, as it says each time; the newer one needs onnxscript.
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                net,
-                (torch.from_numpy(samples[:2]),),
-                buffer,
-                dynamo=False,
-                opset_version=opset,
-                input_names=["pixel_values"],
-                output_names=["probabilities"],
-                dynamic_axes={"pixel_values": batch, "probabilities": batch},
-            )
-    except Exception as error:  # the exporter's errors share no base class
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"cannot export {name} with opset {opset}: {reason}") from error
-    exported = onnx.load_from_string(buffer.getvalue())
-    about = {"label_names": json.dumps(label_names), "data_config": json.dumps(data_config)}
-    onnx.helper.set_model_props(exported, about)
-    out = Path(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as scratch:
-            part = Path(scratch) / "model.onnx"
-            onnx.save(exported, part)
-            again = load_predictor(part).probabilities
-            # At two batch sizes that the exporter has not seen.
-            rows = np.concatenate([again(samples[:1]), again(samples)])
-            difference = float(np.abs(rows - expected[[0, 0, 1, 2]]).max())
-            if not difference < EXPORT_TOLERANCE:
-                raise UserError(f"{name} as ONNX is {difference:.0e} away from PyTorch; nothing was written")
-            part.replace(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from error
-    return difference

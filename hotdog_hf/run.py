@@ -49,8 +49,23 @@ def open_run_dir(path: str | os.PathLike, resume: bool = False) -> tuple[Path, f
     return folder, lock
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write JSON whole or not at all."""
+def read_identity(run_dir: Path) -> dict:
+    """Read what `write_identity` wrote: the config, the number of processes and the photos of a run."""
+    try:
+        return json.loads((run_dir / "identity.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir} cannot be gone on with: {error}") from error
+
+
+def write_identity(run_dir: Path, identity: dict, skipped: list[Path]) -> None:
+    """Write what makes the run this one, its config also by itself, and the photos left out, if any."""
+    _write_json(run_dir / "identity.json", identity)
+    _write_json(run_dir / "config.json", identity["config"])
+    if skipped:
+        _write_json(run_dir / "skipped_images.json", [str(path) for path in skipped])
+
+
+def _write_json(path: Path, content: object) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     part.replace(path)
@@ -120,6 +135,12 @@ def flatten(config: object) -> dict[str, str | int | float | bool]:
 def numbers(row: dict) -> dict[str, float]:
     """Return the plain numbers of a metrics row, which is what trackers plot."""
     return {name: value for name, value in row.items() if isinstance(value, (int, float))}
+
+
+def scores_of(row: dict, split: str) -> dict:
+    """Return the scores of one split out of a metrics row."""
+    prefix = f"{split}_"
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
 
 
 def describe_epoch(row: dict, eval_split: str) -> str:

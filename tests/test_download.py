@@ -3,8 +3,11 @@ import hashlib
 import http.server
 import io
 import stat
+import subprocess
 import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, run
@@ -29,17 +32,21 @@ def good_zip(photos_dir):
 
 
 @contextlib.contextmanager
-def serve(body, status=200):
-    """Answer every GET on 127.0.0.1 with `body`; yields the address and the list of requested paths."""
+def serve(body, status=200, cut=None, wait=0):
+    """Answer every GET on 127.0.0.1 with `body`; yields the address and the list of requested paths.
+
+    The first answer ends after `cut` bytes; every answer begins after `wait` seconds.
+    """
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
+            time.sleep(wait)
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body if len(asked) > 1 else body[:cut])
 
         def log_message(self, *_):
             pass
@@ -119,6 +126,55 @@ def test_an_unsafe_archive_is_refused_whole(tmp_path, entries, message):
         download.download_photos(tmp_path / "deep/photos", url, sha1(body))
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["hotdog.zip"]
     assert not (tmp_path / "escape.txt").exists()
+
+
+def test_a_download_cut_off_half_way_leaves_nothing_and_works_the_next_time(good_zip, tmp_path):
+    with serve(good_zip, cut=len(good_zip) // 2) as (url, asked):
+        with pytest.raises(UserError, match="could not get"):
+            download.download_photos(tmp_path / "photos", url, sha1(good_zip))
+        assert list(tmp_path.iterdir()) == []
+        download.download_photos(tmp_path / "photos", url, sha1(good_zip))
+    assert len(asked) == 2 and len(data.load_photos(tmp_path / "photos")["train"]) == 25
+
+
+def test_a_server_that_does_not_answer_is_given_up(good_zip, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "CONNECT_SECONDS", 0.2)
+    with serve(good_zip, wait=1) as (url, _), pytest.raises(UserError, match="timed out"):
+        download.download_photos(tmp_path / "photos", url, sha1(good_zip))
+    assert leaves_nothing(tmp_path)
+
+
+def test_two_processes_downloading_at_once_end_with_one_whole_folder(good_zip, tmp_path):
+    with serve(good_zip, wait=0.2) as (url, _), ThreadPoolExecutor(2) as pool:
+        command = ("python", ROOT / "scripts/download.py", "--url", url, "--sha1", sha1(good_zip))
+        runs = [pool.submit(run, *command, "--data-dir", tmp_path / "data/photos") for _ in range(2)]
+        assert [started.result().returncode for started in runs] == [0, 0], runs[0].result().stderr
+    assert len(data.load_photos(tmp_path / "data/photos")["train"]) == 25
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["hotdog.zip", "photos"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KB, where the tests may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("zip_fits", [True, False])
+def test_a_full_disk_is_one_clear_line(small_disk, zip_fits):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if zip_fits else zipfile.ZIP_STORED) as file:
+        file.writestr("hotdog/large", b"x" * 200_000)
+    body = buffer.getvalue()
+    with serve(body) as (url, _), pytest.raises(UserError, match="No space left on device"):
+        download.download_photos(small_disk / "photos", url, sha1(body))
+    assert leaves_nothing(small_disk)
 
 
 def test_a_zip_bomb_is_refused(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ from test_hub import target
 
 from hotdog_hf import hub, model
 from hotdog_hf.errors import UserError
-from hotdog_hf.inference import export_onnx, load_predictor
+from hotdog_hf.export import export_onnx
+from hotdog_hf.inference import load_predictor
 
 
 @pytest.fixture(scope="module")

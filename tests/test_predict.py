@@ -19,11 +19,11 @@ from test_hub import target
 
 from hotdog_hf import hub, model
 from hotdog_hf.errors import UserError
+from hotdog_hf.export import export_onnx
 from hotdog_hf.images import decode_image, preprocess
 from hotdog_hf.inference import (
     Prediction,
     decision_rule,
-    export_onnx,
     find_images,
     format_header,
     format_prediction,

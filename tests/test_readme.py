@@ -2,9 +2,11 @@
 
 import re
 import shlex
+import shutil
 
 import pytest
 from conftest import ROOT, TINY_MODEL, run
+from loopback_hub import LoopbackHub
 from test_hub import target
 
 from hotdog_hf import hub
@@ -49,7 +51,11 @@ def tiny(words, photos_dir, tiny_weights, run_dir):
         words += ["--weights", str(tiny_weights)]
     if "--epochs" not in words:
         words += ["--epochs", "1"]
-    return [*words, "--image-size", "64", "--num-threads", "1", "--output-dir", str(run_dir)]
+    if "--output-dir" in words:
+        words[words.index("--output-dir") + 1] = str(run_dir)
+    else:
+        words += ["--output-dir", str(run_dir)]
+    return [*words, "--image-size", "64", "--num-threads", "1"]
 
 
 TRAIN_COMMANDS = [line for line in commands() if "scripts/train.py" in line and "--help" not in line]
@@ -62,10 +68,30 @@ def test_train_commands_train(command, photos_dir, tiny_weights, tmp_path):
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
+OTHER_COMMANDS = [
+    line for line in commands() if re.match(r"python scripts/(check_data|predict|export|push)\.py", line)
+]
+
+
+def test_the_other_commands_work_one_after_the_other(photos_dir, tmp_path):
+    hub.save_model(target(), tmp_path / "runs/demo/model")
+    shutil.copytree(photos_dir, tmp_path / "my/photos")
+    shutil.copy(photos_dir / "test/hotdog/000.png", tmp_path / "photo.jpg")
+    with LoopbackHub({"hf_test_token": "user"}) as server:
+        for command in OTHER_COMMANDS:
+            words = [
+                str(ROOT / word) if word.startswith("scripts/") else word for word in shlex.split(command)
+            ]
+            done = run(*words, cwd=tmp_path, **server.environment(tmp_path / "home"))
+            assert done.returncode == 0, command + done.stderr
+    assert set(server.repos) == {("model", "user/name"), ("dataset", "user/photos")}
+
+
 def test_no_command_is_left_out():
-    known = ("make ", "pip install ", "accelerate launch ", "python scripts/")
-    assert all(line.startswith(known) for line in commands())
-    assert len(TRAIN_COMMANDS) >= 5
+    checked = {*TRAIN_COMMANDS, *OTHER_COMMANDS}
+    others = [line for line in commands() if line not in checked]
+    assert all(line.startswith("make ") or line == "python scripts/train.py --help" for line in others)
+    assert len(TRAIN_COMMANDS) >= 5 and len(OTHER_COMMANDS) >= 7
     assert all((ROOT / script).is_file() for script in re.findall(r"scripts/\w+\.py", README))
 
 
