@@ -1,6 +1,8 @@
 """Offline, one thread, small drawn photos: what every test stands on."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +12,7 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 # No cache of the person's who runs the tests is read or written.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hotdog_hf-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import numpy as np
 import pytest
