@@ -12,7 +12,6 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 # No cache of the person's who runs the tests is read or written.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hotdog_hf-tests-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = "test_resnet.r160_in1k"
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def draw_photos(folder: Path, counts: dict[str, int], size: tuple[int, int] = (72, 56)) -> None:

@@ -16,7 +16,7 @@ def test_one_epoch_of_the_chapter_learns_to_rank_real_hot_dogs(tmp_path):
     done = run("python", ROOT / "scripts/train.py", *flags, timeout=1100)
     assert done.returncode == 0, done.stderr
     final = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    # After 4 steps the threshold is still off (accuracy little above 0.5), but the order is right: 0.92 was seen.
+    # After 4 steps the threshold is still off (accuracy little above 0.5), but the order is right: 0.92.
     assert final["test_roc_auc"] > 0.85
     assert sum(map(sum, final["test_confusion_matrix"])) == sum(
         len(list((ROOT / PHOTOS / "test" / name).iterdir())) for name in ("hotdog", "not-hotdog")
