@@ -10,6 +10,8 @@ from pathlib import Path
 
 # Before torch or any Hugging Face library is imported, here and in every subprocess.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+# `accelerate` and its kind, also where the environment is not activated.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 # No cache of the person's who runs the tests is read or written.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hotdog_hf-tests-")
 

@@ -79,16 +79,12 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(chapter_run, 
     assert not torch.equal(weights_of(tmp_path / "other")["fc.weight"], first["fc.weight"])
 
 
-@pytest.mark.parametrize("count", [11, 10])
-def test_two_processes_count_every_photo_once(train, photos_dir, tmp_path, count):
-    folder = shutil.copytree(photos_dir, tmp_path / "photos")
-    if count == 10:
-        (folder / "test/hotdog/000.png").unlink()
-    done = train(folder, tmp_path / "run", "--epochs", 1, launcher=TWO_PROCESSES)
+def test_two_processes_count_every_photo_once(train, photos_dir, tmp_path):
+    done = train(photos_dir, tmp_path / "run", "--epochs", 1, launcher=TWO_PROCESSES)
     assert done.returncode == 0, done.stderr
     assert "2 x " in done.stdout
     final = metrics_of(tmp_path / "run")[-1]
-    assert np.sum(final["test_confusion_matrix"]) == count
+    assert np.sum(final["test_confusion_matrix"]) == 11, "an odd number: one process has a photo more"
     assert hub.load_model(tmp_path / "run/model").num_classes == 2
 
 
