@@ -69,7 +69,9 @@ def test_train_commands_train(command, photos_dir, tiny_weights, tmp_path):
 
 
 OTHER_COMMANDS = [
-    line for line in commands() if re.match(r"python scripts/(check_data|predict|export|push)\.py", line)
+    line
+    for line in commands()
+    if re.match(r"python scripts/(check_data|predict|report|export|push)\.py", line)
 ]
 
 

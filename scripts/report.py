@@ -1,0 +1,117 @@
+"""Judge a saved model on a split of photos: numbers with intervals, a table, and one page to look at.
+
+python scripts/report.py runs/demo/model --data-dir data/sample            # writes report/report.html
+python scripts/report.py user/name --data-dir my/photos --split validation --output-dir my/report
+accelerate launch scripts/report.py runs/demo/model --data-dir data/sample # on every GPU, the same numbers
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from hotdog_hf.config import DEFAULT_DATA_DIR
+from hotdog_hf.errors import UserError, exit_on_user_error
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Judge a saved model on a split of photos, and write metrics.json, predictions.csv and report.html."""
+
+    # Folder of a saved model, or a Hub name (user/name, with @revision where wanted).
+    model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
+    # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*, or hf://datasets/user/name.
+    data_dir: str = DEFAULT_DATA_DIR
+    # Photos to judge by. Those of validation also choose a threshold, those of train were learned.
+    split: Literal["test", "validation", "train"] = "test"
+    # Where the report goes; an earlier one there is replaced.
+    output_dir: str = "report"
+    # Class that precision, recall, F1 and the threshold speak of. Unset: "hotdog" where that class exists.
+    positive_label: str | None = None
+    # Images that go through the network together, per process.
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
+
+
+def main(config: ReportConfig) -> None:
+    """Load model and photos, predict, write."""
+    # Imported here so that --help and a mistyped flag answer before torch is loaded.
+    import shlex
+    import sys
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from hotdog_hf import data, engine, hub, model, report
+
+    folder = report.check_output_dir(config.output_dir)
+    # In float32, as scripts/predict.py and every other loader of the folder compute.
+    accelerator = engine.build_accelerator("no")
+    with accelerator.main_process_first():
+        net = hub.load_model(config.model)
+        photos = data.load_photos(config.data_dir)
+    if config.split not in photos:
+        raise UserError(f"{config.data_dir} has no {config.split} split, only {', '.join(photos)}")
+    label_names, data_config = model.label_names_of(net), model.data_config_of(net)
+    order = report.label_order(photos["train"].features["label"].names, label_names)
+    positive_label = data.resolve_positive(label_names, config.positive_label)
+
+    # Predictions. A threshold is chosen on validation alone.
+    splits = [config.split]
+    if positive_label and "validation" in photos and config.split != "validation":
+        splits.append("validation")
+    sets = {split: data.PhotoDataset(photos[split], data.eval_transform(data_config)) for split in splits}
+    net, predicted = accelerator.prepare(net.to(memory_format=engine.MEMORY_FORMAT)), {}
+    for split, photo_set in sets.items():
+        loader = data.eval_loader(
+            photo_set, config.batch_size, num_workers=engine.default_workers(accelerator)
+        )
+        probabilities, labels = engine.predict(accelerator, net, accelerator.prepare(loader), title=split)
+        predicted[split] = probabilities.numpy(), order[labels.numpy()]
+    probabilities, labels = predicted[config.split]
+
+    if accelerator.is_main_process:
+        # Looked at one by one, so by the bare network.
+        bare, photo_set, pictures = accelerator.unwrap_model(net), sets[config.split], {}
+        for name, indices in report.galleries(probabilities, labels).items():
+            pictures[name] = []
+            for index in tqdm(indices, desc=name, unit="img", leave=False, disable=None):
+                pixels = photo_set[index]["pixel_values"].to(accelerator.device)
+                heat = report.grad_cam(bare, pixels, int(probabilities[index].argmax()))
+                seen = None if heat is None else report.image_uri(report.overlay(pixels, heat, data_config))
+                photo = report.image_uri(data.read_photo(photo_set.rows[index]))
+                pictures[name].append({"index": index, "photo": photo, "overlay": seen})
+        summary = {
+            "model": config.model,
+            "data_dir": config.data_dir,
+            "split": config.split,
+            "label_names": label_names,
+            "positive_label": positive_label,
+            "threshold": None,
+            **report.summarise(probabilities, labels, label_names, positive_label),
+        }
+        if positive_label and "validation" in predicted:
+            summary["threshold"] = report.choose_threshold(predicted, label_names.index(positive_label))
+        report.write_report(
+            folder,
+            summary,
+            files=[
+                photo_set.name_of(i).removeprefix(f"{Path(config.data_dir)}/") for i in range(len(labels))
+            ],
+            probabilities=probabilities,
+            labels=labels,
+            pictures=pictures,
+            knobs=report.run_knobs(config.model),
+            command=shlex.join(["python", *sys.argv]),
+        )
+        print(report.describe(summary), f"report: {folder / 'report.html'}", sep="\n")
+    net, *_ = engine.finish(accelerator, net)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(tyro.cli(ReportConfig))
