@@ -279,8 +279,7 @@ def test_very_many_classes_get_the_curves_of_the_worst(tmp_path):
 
 def test_hostile_names_stay_text(tmp_path):
     names = [HOSTILE, "\"&'$\\frac$,\n"]
-    files = [f'{HOSTILE}",{index}\n.jpg' for index in range(40)]
-    files[:2] = ["\udcff.jpg", "_ü.jpg"]
+    files = [f'{HOSTILE}",{index}\n\udcff.jpg' for index in range(40)]
     page = write(tmp_path / "report", names, HOSTILE, files=files)
     assert not any("onerror" in attributes for _, attributes in page.elements)
     assert all(attributes["src"] == "data:," for attributes in page.all("img"))
