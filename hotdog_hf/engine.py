@@ -1,4 +1,4 @@
-"""The Accelerate loop: the only place with a forward or a backward pass."""
+"""The Accelerate loop: where training and evaluation pass through the network."""
 
 import contextlib
 import gc
