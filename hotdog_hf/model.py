@@ -10,7 +10,7 @@ import timm
 import torch
 
 from hotdog_hf.errors import UserError
-from hotdog_hf.hub import fetch_file
+from hotdog_hf.hub import HUB_PREFIX, fetch_file
 
 # The chapter's weights are torchvision's; timm's default for the bare name was trained by another recipe.
 CHAPTER_MODEL = "resnet18.tv_in1k"
@@ -42,7 +42,7 @@ def describe_source(name: str, weights: str) -> str:
         "none": f"random weights of {name}",
         "bundled": f"ImageNet weights of {name}",
     }
-    is_hub_model = weights.startswith("hf-hub:")
+    is_hub_model = weights.startswith(HUB_PREFIX)
     return kinds.get(weights) or (
         weights if is_hub_model else f"{name} with weights from {Path(weights).name}"
     )

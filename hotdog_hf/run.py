@@ -66,16 +66,20 @@ def write_identity(run_dir: Path, identity: dict, skipped: list[Path]) -> None:
 
 
 def _write_json(path: Path, content: object) -> None:
+    _write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
 def write_metrics(run_dir: Path, rows: list[dict]) -> None:
     """Write `metrics.jsonl`, a line an epoch and the final one, whole or not at all."""
-    part = run_dir / "metrics.jsonl.part"
-    part.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-    part.replace(run_dir / "metrics.jsonl")
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    _write_text(run_dir / "metrics.jsonl", lines)
 
 
 @contextlib.contextmanager
