@@ -2,13 +2,12 @@
 
 import html
 import os
-import platform
 import shutil
 from pathlib import Path
 
 import huggingface_hub
-import timm
-import torch
+
+from hotdog_hf.engine import describe_versions
 
 # Names of the metrics as the Hub lists them, and as people read them.
 CARD_METRICS = {
@@ -192,13 +191,12 @@ def _training(config: dict, counts: dict, hardware: str) -> str:
         for split, by_class in counts.items()
     ]
     knobs = ", ".join(f"{name} {value}" for name, value in config["optim"].items())
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
     return "\n".join(
         [
             "## Training\n\nPhotos:\n",
             *table,
             f"\nRecipe {config['recipe']}, seed {config['run']['seed']}: {knobs}.",
-            f"\nHardware: {_text(hardware)}. {versions}.",
+            f"\nHardware: {_text(hardware)}. {describe_versions()}.",
         ]
     )
 

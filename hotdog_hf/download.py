@@ -1,19 +1,23 @@
 """The chapter's hot-dog photos: fetched, checked, unpacked."""
 
+import hashlib
 import os
-import shutil
 import stat
 import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-import pooch
+import filelock
+import requests
+from tqdm import tqdm
 
 from hotdog_hf.errors import UserError
 
 HOTDOG_URL = "https://d2l-data.s3-accelerate.amazonaws.com/hotdog.zip"
 HOTDOG_SHA1 = "fba480ffa8aa7e0febbb511d181409f899b9baa5"
 CONNECT_SECONDS = 10
+# What comes last before a connection breaks may be lost, but less than this.
+CHUNK_BYTES = 2**13
 # The chapter's zip unpacks to 0.3 GB; far more is not that file.
 MAX_UNPACKED_BYTES = 4 * 2**30
 
@@ -21,28 +25,81 @@ MAX_UNPACKED_BYTES = 4 * 2**30
 def download_photos(data_dir: str | os.PathLike, url: str = HOTDOG_URL, sha1: str = HOTDOG_SHA1) -> Path:
     """Fetch a zip of photos, check its SHA-1, and unpack its one top folder as `data_dir`; return that.
 
-    The zip is kept beside the folder, and one that lies there already is used. Nothing half-fetched or
-    half-unpacked is ever found under `data_dir`. Raises `UserError` without a network or with another file.
+    The zip is kept beside the folder, and one that lies there already is used. A download that is cut off
+    leaves `<zip name>.part` there, and the next call goes on with it. Nothing half-fetched or half-unpacked
+    is ever found under `data_dir`. Raises `UserError` without a network or with another file.
     """
     data_dir = Path(data_dir)
     if data_dir.exists():
         return data_dir
-    name = PurePosixPath(url).name
-    fetch = pooch.HTTPDownloader(progressbar=True, timeout=CONNECT_SECONDS)
+    archive = data_dir.parent / PurePosixPath(url).name
+    part = archive.with_name(f"{archive.name}.part")
     try:
         data_dir.parent.mkdir(parents=True, exist_ok=True)
-        archive = pooch.retrieve(url, f"sha1:{sha1}", fname=name, path=data_dir.parent, downloader=fetch)
-        _unpack(Path(archive), data_dir)
-    except (
-        OSError,
-        ValueError,
-        zipfile.BadZipFile,
-    ) as error:  # requests' errors are OSErrors; a wrong hash, ValueError
+        # A second process waits here, and then finds what the first has fetched.
+        with filelock.FileLock(data_dir.parent / ".download.lock"):
+            if not data_dir.exists():
+                _make_archive(archive, part, url, sha1.lower())
+                _unpack(archive, data_dir)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:  # requests' errors are OSErrors
+        kept = ""
+        if part.exists():
+            kept = f"{part} keeps {part.stat().st_size:,} bytes, and the same command goes on from there. "
         raise UserError(
-            f"could not get {url}: {error}. Put {name} into {data_dir.parent}/ by hand, give your own photos"
-            " with --data-dir, or run `make demo`, which works offline"
+            f"could not get {url}: {error}. {kept}Put {archive.name} into {data_dir.parent}/ by hand, give"
+            " your own photos with --data-dir, or run `make demo`, which works offline"
         ) from error
     return data_dir
+
+
+def _make_archive(archive: Path, part: Path, url: str, sha1: str) -> None:
+    """Fetch `archive` by way of `part` unless it is there; a `part` whose SHA-1 is wrong is deleted."""
+    if _sha1(archive) == sha1:
+        return
+    if _sha1(part) != sha1:
+        _fetch(url, part)
+    if (found := _sha1(part)) != sha1:
+        part.unlink()
+        raise ValueError(
+            f"its SHA-1 hash is {found}, not {sha1}; {part} is deleted, the next try starts anew"
+        )
+    part.replace(archive)
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Append to `part` what it lacks of the file at `url`, or write it anew where the server can't go on."""
+    start = part.stat().st_size if part.exists() else 0
+    # Compressed on the way, the body would not have the length and the byte positions of the file.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with requests.get(url, headers=headers, stream=True, timeout=CONNECT_SECONDS) as answer:
+        if start and answer.status_code == requests.codes.range_not_satisfiable:
+            part.unlink()  # it has the file's length or more, and is not the file
+            _fetch(url, part)
+            return
+        answer.raise_for_status()
+        if answer.status_code != requests.codes.partial_content:
+            start = 0
+        length = answer.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        bar = tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True)
+        with bar, part.open("ab" if start else "wb") as file:
+            for chunk in answer.iter_content(CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
+    # urllib3 1 says nothing when the connection ends early.
+    if total and (size := part.stat().st_size) < total:
+        raise OSError(f"the connection ended after {size:,} of {total:,} bytes")
+
+
+def _sha1(path: Path) -> str:
+    """Return the hex SHA-1 of a file, "" where there is none."""
+    if not path.exists():
+        return ""
+    digest = hashlib.sha1(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _unpack(archive: Path, data_dir: Path) -> None:
@@ -54,13 +111,7 @@ def _unpack(archive: Path, data_dir: Path) -> None:
         tops = [path for path in Path(scratch).iterdir() if path.name != "__MACOSX"]
         if len(tops) != 1 or not tops[0].is_dir():
             raise ValueError(f"{archive} holds {len(tops)} entries at its top, not one folder")
-        try:
-            tops[0].rename(data_dir)
-        except OSError:
-            # Another process was faster; its folder came out of the same checked file.
-            if not data_dir.is_dir():
-                raise
-            shutil.rmtree(tops[0])
+        tops[0].rename(data_dir)
 
 
 def _check_members(file: zipfile.ZipFile) -> None:

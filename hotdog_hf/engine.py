@@ -6,17 +6,21 @@ import importlib.util
 import itertools
 import math
 import os
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
+import timm
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's usual name)
 from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from hotdog_hf.data import IGNORED_LABEL
+from hotdog_hf.data import IGNORED_LABEL, FeatureDataset
 from hotdog_hf.errors import UserError
 
 BAR_REFRESH_SECONDS = 0.5
@@ -111,6 +115,11 @@ def describe_hardware(accelerator: Accelerator) -> str:
     return f"{accelerator.num_processes} x {device.type} ({name}), {precision}"
 
 
+def describe_versions() -> str:
+    """Return the versions that the numbers depend on."""
+    return f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
+
+
 def default_workers(accelerator: Accelerator) -> int:
     """Return the number of loader processes: none on a CPU, else this GPU's share of the cores."""
     if accelerator.device.type == "cpu":
@@ -121,7 +130,9 @@ def default_workers(accelerator: Accelerator) -> int:
 def start_tracker(accelerator: Accelerator, run_dir: Path, knobs: dict) -> None:
     """Start the tracker the accelerator was built with, if any, in the run's folder."""
     accelerator.project_configuration.logging_dir = str(run_dir)
-    accelerator.init_trackers("hotdog_hf", config=knobs)
+    # Trackers refuse what is no plain value.
+    simple = {name: value if isinstance(value, (int, float)) else str(value) for name, value in knobs.items()}
+    accelerator.init_trackers("hotdog_hf", config=simple)
 
 
 def finish(accelerator: Accelerator, *prepared: object) -> list:
@@ -136,6 +147,29 @@ def finish(accelerator: Accelerator, *prepared: object) -> list:
     return released
 
 
+def release(accelerator: Accelerator) -> None:
+    """Give up what was prepared for one training, before the next in the same process."""
+    accelerator.free_memory()
+    gc.collect()
+
+
+def measure_speed(accelerator: Accelerator, net: torch.nn.Module, image_size: int) -> tuple[float, float]:
+    """Return roughly the seconds that a photo takes in training and in evaluation, over all processes."""
+    net = net.to(accelerator.device, memory_format=MEMORY_FORMAT)
+    images = torch.randn(16, 3, image_size, image_size, device=accelerator.device)
+    images, seconds = _laid_out(images), []
+    for learn in (True, True, False):  # the first only warms up
+        started = time.perf_counter()
+        net.train(learn)
+        with torch.set_grad_enabled(learn), accelerator.autocast():
+            answer = net(images).float().sum()
+        if learn:
+            answer.backward()
+        answer.item()  # waits for a GPU
+        seconds.append((time.perf_counter() - started) / len(images) / accelerator.num_processes)
+    return seconds[1], seconds[2]
+
+
 def train_steps(
     accelerator: Accelerator,
     model: torch.nn.Module,
@@ -145,20 +179,26 @@ def train_steps(
     totals: torch.Tensor,
     *,
     loss_reduction: str,
+    label_smoothing: float = 0.0,
     accumulation_steps: int = 1,
+    average: AveragedModel | None = None,
+    resting: Sequence[torch.nn.Module] = (),
     title: str = "",
 ) -> Iterator[None]:
     """Train over the rest of an epoch, yielding after every optimizer step.
 
     Each batch of `loader` is this process's share of one step. `totals` [3] (sums of loss, correct answers,
-    photos) grows in place: measured on the augmented photos while the weights move, as in the chapter.
+    photos) grows in place: measured on the augmented photos while the weights move, as in the chapter. The
+    modules in `resting` stay in evaluation mode; `average` follows the weights.
     """
     model.train()
+    for module in resting:
+        module.eval()
     bar = tqdm(desc=title, unit="img", leave=False, disable=_no_bar(accelerator))
     bar.total, unchecked = loader.batch_sampler.size, None
     bar.update(loader.batch_sampler.photos_skipped())
     for batch, step_size in zip(loader, loader.batch_sampler.step_sizes(), strict=True):
-        images = batch["pixel_values"].to(accelerator.device, memory_format=MEMORY_FORMAT, non_blocking=True)
+        images = _laid_out(batch["pixel_values"].to(accelerator.device, non_blocking=True))
         labels = batch["labels"].to(accelerator.device, non_blocking=True)
         # DDP averages the gradients of the processes: times their number they are the sum over the whole
         # batch, exact for a short last batch too; divided by its size they are the mean.
@@ -168,15 +208,29 @@ def train_steps(
             last = number == len(pieces)
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 logits = model(image_piece)
-                loss = F.cross_entropy(logits, label_piece, reduction="sum", ignore_index=IGNORED_LABEL)
+                loss = F.cross_entropy(
+                    logits,
+                    label_piece,
+                    reduction="sum",
+                    ignore_index=IGNORED_LABEL,
+                    label_smoothing=label_smoothing,
+                )
                 accelerator.backward(loss * scale)
             totals += _batch_totals(loss, logits, label_piece)
         if unchecked:  # one step late, so that the GPU never waits for the answer
             _require_finite(*unchecked)
-        unchecked = (loss.detach(), batch["index"], loader.dataset, schedule.get_last_lr())
+        # All processes find out together, so that none waits for one that has ended.
+        unchecked = (
+            accelerator.reduce(loss.detach()),
+            batch["index"],
+            loader.dataset,
+            schedule.get_last_lr(),
+        )
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        if average:
+            average.update_parameters(accelerator.unwrap_model(model))
         bar.update(step_size)
         _show(bar, totals)
         yield
@@ -209,6 +263,20 @@ def epoch_row(accelerator: Accelerator, totals: torch.Tensor, seconds: float) ->
         "train_seconds": seconds,
         "examples_per_second": count / seconds,
     }
+
+
+def share_state(model: torch.nn.Module) -> None:
+    """Give every process the first one's weights and BatchNorm statistics; those each counts on its own."""
+    broadcast(list(model.state_dict().values()))
+
+
+@torch.no_grad()
+def totals_of(accelerator: Accelerator, head: torch.nn.Module, seen: FeatureDataset) -> torch.Tensor:
+    """Return totals [3], as `train_steps` counts them, of a head on features that every process has."""
+    labels = torch.as_tensor(seen.labels, device=accelerator.device)
+    logits = head(seen.features.to(accelerator.device))
+    totals = _batch_totals(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
+    return totals / accelerator.num_processes
 
 
 def log(accelerator: Accelerator, row: dict, step: int) -> None:
@@ -259,13 +327,53 @@ def predict(
     `loader` was prepared by the accelerator; the copies it makes to fill the last batch are dropped again.
     """
     model.eval()
-    probabilities, labels = [], []
+
+    def probabilities_of(images: torch.Tensor) -> torch.Tensor:
+        with accelerator.autocast():  # an average of the weights was never prepared
+            return model(images).float().softmax(dim=1)
+
+    return _gather(accelerator, loader, probabilities_of, title)
+
+
+@torch.no_grad()
+def pooled_features(
+    accelerator: Accelerator, net: torch.nn.Module, loader: torch.utils.data.DataLoader, title: str = ""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the output layer of the bare network `net` gets, [N, D], and labels [N], as `predict` does.
+
+    Raises `UserError` for a network whose answer is not its output layer of these.
+    """
+    net.eval()
+    head = net.get_classifier()
+
+    def features_of(images: torch.Tensor) -> torch.Tensor:
+        with accelerator.autocast():
+            features = net.forward_head(net.forward_features(images), pre_logits=True).float()
+            if not torch.allclose(head(features[:1]).float(), net(images[:1]).float(), rtol=0.01, atol=0.01):
+                raise UserError("this model does more than one linear layer to its features; choose another")
+        return features
+
+    return _gather(accelerator, loader, features_of, title)
+
+
+def _gather(
+    accelerator: Accelerator,
+    loader: torch.utils.data.DataLoader,
+    answer: Callable[[torch.Tensor], torch.Tensor],
+    title: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    answers, labels = [], []
     for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=_no_bar(accelerator)):
-        images = batch["pixel_values"].to(memory_format=MEMORY_FORMAT)
-        gathered = accelerator.gather_for_metrics((model(images).float().softmax(dim=1), batch["labels"]))
-        probabilities.append(gathered[0].cpu())
+        answered = answer(_laid_out(batch["pixel_values"]))
+        gathered = accelerator.gather_for_metrics((answered, batch["labels"]))
+        answers.append(gathered[0].cpu())
         labels.append(gathered[1].cpu())
-    probabilities, labels = torch.cat(probabilities), torch.cat(labels)
+    answers, labels = torch.cat(answers), torch.cat(labels)
     expected = len(loader.dataset)
-    assert len(labels) == expected, f"{len(labels)} predictions for {expected} photos"
-    return probabilities, labels
+    assert len(labels) == expected, f"{len(labels)} answers for {expected} photos"
+    return answers, labels
+
+
+def _laid_out(images: torch.Tensor) -> torch.Tensor:
+    """Bring images into the network's memory format; features have none."""
+    return images.to(memory_format=MEMORY_FORMAT) if images.ndim == 4 else images

@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from hotdog_hf.errors import UserError
+from hotdog_hf.files import replacing_folder
 
 MODEL_FILES = ("config.json", "model.safetensors")
 HUB_PREFIX = "hf-hub:"
@@ -41,25 +41,19 @@ def save_model(model: torch.nn.Module, folder: str | os.PathLike, license: str =
     The folder is written beside its place and moved there whole, replacing an earlier one.
     """
     folder = Path(folder)
-    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(part, ignore_errors=True)
     # safetensors takes plain memory only, not channels_last; the copy leaves the model in training as it is.
     plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
     cfg = plain.pretrained_cfg
     ours = {"tag": "hotdog_hf", "license": license}
     plain.pretrained_cfg = {key: value for key, value in cfg.items() if key not in SOURCE_KEYS} | ours
-    timm.models.save_for_hf(
-        plain,
-        str(part),
-        model_config={"label_names": cfg["label_names"]},
-        safe_serialization=True,
-    )
-    _drop_doubled_num_classes(part / "config.json")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(folder) as part:
+        timm.models.save_for_hf(
+            plain,
+            str(part),
+            model_config={"label_names": cfg["label_names"]},
+            safe_serialization=True,
+        )
+        _drop_doubled_num_classes(part / "config.json")
     return folder
 
 

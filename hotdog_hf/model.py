@@ -10,11 +10,16 @@ import timm
 import torch
 
 from hotdog_hf.errors import UserError
-from hotdog_hf.hub import HUB_PREFIX, fetch_file
+from hotdog_hf.hub import HUB_PREFIX, fetch_file, is_saved_model, load_model
 
 # The chapter's weights are torchvision's; timm's default for the bare name was trained by another recipe.
 CHAPTER_MODEL = "resnet18.tv_in1k"
 BUNDLED_MODEL = "tf_efficientnet_lite0"
+
+
+def load_source(name: str, weights: str, image_size: int | None = None) -> torch.nn.Module:
+    """Return the source model: a saved one (a folder, hf-hub:user/name), or that of `create_source`."""
+    return load_model(weights) if is_saved_model(weights) else create_source(name, weights, image_size)
 
 
 def create_source(name: str, weights: str, image_size: int | None = None) -> torch.nn.Module:
@@ -46,6 +51,13 @@ def describe_source(name: str, weights: str) -> str:
     return kinds.get(weights) or (
         weights if is_hub_model else f"{name} with weights from {Path(weights).name}"
     )
+
+
+def input_size(name: str) -> int:
+    """Return the side in pixels of a model's own input."""
+    name = CHAPTER_MODEL if name == "resnet18" else name
+    _check_name(name)
+    return timm.get_pretrained_cfg(name).input_size[-1]
 
 
 def _check_name(name: str) -> None:
@@ -198,6 +210,24 @@ def replace_head(
         }
     )
     return source
+
+
+def freeze_body(net: torch.nn.Module) -> None:
+    """Let gradients reach the output layer alone."""
+    net.requires_grad_(False)
+    net.get_classifier().requires_grad_(True)
+
+
+def resting_modules(net: torch.nn.Module, *, body: bool, batch_norm: bool) -> list[torch.nn.Module]:
+    """Return what stays in evaluation mode while training: the whole body, or its BatchNorm layers, or none.
+
+    Such BatchNorm layers normalise by the source's statistics and leave them alone; their scales and shifts
+    are trained all the same where the body is.
+    """
+    if body:
+        return [net]  # a linear output layer computes the same in either mode
+    kinds = torch.nn.modules.batchnorm._BatchNorm
+    return [module for module in net.modules() if batch_norm and isinstance(module, kinds)]
 
 
 def data_config_of(model: torch.nn.Module) -> dict:

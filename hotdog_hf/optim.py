@@ -4,6 +4,7 @@ import math
 
 import torch
 from timm.models import group_parameters
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def parameter_groups(
@@ -69,13 +70,14 @@ def _depth_name(parameter_name: str, depth: int, taken: object) -> str:
     return f"{name}@{depth}" if name in taken or name == "head" else name
 
 
-def describe_groups(groups: list[dict]) -> str:
-    """Return a table of the groups: name, number of parameters, learning rate, weight decay."""
+def describe_groups(groups: list[dict], net: torch.nn.Module) -> str:
+    """Return a table of the groups: name, number of parameters, learning rate, weight decay; and the rest."""
     lines = [f"{'group':<24} {'parameters':>12} {'lr':>10} {'weight decay':>13}"]
     for group in groups:
         count = sum(parameter.numel() for parameter in group["params"])
         lines.append(f"{group['name']:<24} {count:>12,} {group['lr']:>10.3g} {group['weight_decay']:>13.3g}")
-    return "\n".join(lines)
+    frozen = sum(parameter.numel() for parameter in net.parameters() if not parameter.requires_grad)
+    return "\n".join([*lines, *([f"{'frozen':<24} {frozen:>12,}"] if frozen else [])])
 
 
 def build_optimizer(groups: list[dict], optimizer: str, momentum: float = 0.0) -> torch.optim.Optimizer:
@@ -83,6 +85,16 @@ def build_optimizer(groups: list[dict], optimizer: str, momentum: float = 0.0) -
     if optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0)
     return torch.optim.AdamW(groups, lr=0.0)
+
+
+def build_average(net: torch.nn.Module, decay: float) -> AveragedModel | None:
+    """Return an exponential moving average of weights and BatchNorm statistics, or None where decay is 0.
+
+    After step t it is decay x itself + (1 - decay) x the weights; after the first, the weights.
+    """
+    if decay == 0:
+        return None
+    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def build_schedule(

@@ -2,12 +2,10 @@
 
 import base64
 import contextlib
-import csv
 import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,8 +22,9 @@ from sklearn import metrics as sk
 import hotdog_hf
 from hotdog_hf.card import CARD_METRICS
 from hotdog_hf.errors import UserError, printable
+from hotdog_hf.files import replacing_folder, writing_to
 from hotdog_hf.metrics import ClassificationReport
-from hotdog_hf.run import writing_to
+from hotdog_hf.run import write_predictions
 
 matplotlib.use("Agg")  # no window, also where a display exists
 from matplotlib import pyplot as plt
@@ -269,32 +268,12 @@ def write_report(
     `summary` is that of `summarise` with `model`, `data_dir`, `split`, `label_names`, `positive_label` and
     `threshold` (a dict, or None); a picture has `index`, `photo` and `overlay` (data URIs or None).
     """
-    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
-    with writing_to(folder):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    with writing_to(folder), replacing_folder(folder) as part:
         text = json.dumps({"hotdog_hf": hotdog_hf.__version__, **summary}, indent=2, allow_nan=False)
         (part / FILES[0]).write_text(text + "\n", encoding="utf-8")
-        _write_predictions(part / FILES[1], files, probabilities, labels, summary["label_names"])
+        write_predictions(part / FILES[1], files, probabilities, labels, summary["label_names"])
         page = _page(summary, files, probabilities, labels, pictures, knobs, command)
         (part / FILES[2]).write_text(page, encoding="utf-8")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_predictions(
-    path: Path, files: Sequence[str], probabilities: np.ndarray, labels: np.ndarray, label_names: list[str]
-) -> None:
-    # File names in another encoding leave as the bytes they came as.
-    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "true_label", "predicted_label", *label_names])
-        for name, label, row in zip(files, labels, probabilities, strict=True):
-            numbers = (f"{value:.9g}" for value in row)  # as many digits as a float32 has
-            writer.writerow([name, label_names[label], label_names[row.argmax()], *numbers])
 
 
 def _page(

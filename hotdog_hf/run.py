@@ -1,20 +1,20 @@
 """The folder of one training run: its lock, its records, and what is printed of it."""
 
-import contextlib
-import dataclasses
+import csv
 import json
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import filelock
-import safetensors
+import numpy as np
 
 from hotdog_hf.errors import UserError
+from hotdog_hf.files import write_json, write_text
 
 # A launcher passes on the signal that the terminal has sent already: within this time two are one.
 SAME_SIGNAL_SECONDS = 1.0
@@ -59,36 +59,29 @@ def read_identity(run_dir: Path) -> dict:
 
 def write_identity(run_dir: Path, identity: dict, skipped: list[Path]) -> None:
     """Write what makes the run this one, its config also by itself, and the photos left out, if any."""
-    _write_json(run_dir / "identity.json", identity)
-    _write_json(run_dir / "config.json", identity["config"])
+    write_json(run_dir / "identity.json", identity)
+    write_json(run_dir / "config.json", identity["config"])
     if skipped:
-        _write_json(run_dir / "skipped_images.json", [str(path) for path in skipped])
-
-
-def _write_json(path: Path, content: object) -> None:
-    _write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+        write_json(run_dir / "skipped_images.json", [str(path) for path in skipped])
 
 
 def write_metrics(run_dir: Path, rows: list[dict]) -> None:
     """Write `metrics.jsonl`, a line an epoch and the final one, whole or not at all."""
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    _write_text(run_dir / "metrics.jsonl", lines)
+    write_text(run_dir / "metrics.jsonl", lines)
 
 
-@contextlib.contextmanager
-def writing_to(run_dir: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that has gone into a `UserError` that names the folder."""
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot write to {run_dir}: {error}") from error
+def write_predictions(
+    path: Path, names: Sequence[str], probabilities: np.ndarray, labels: np.ndarray, label_names: list[str]
+) -> None:
+    """Write a CSV line a photo: its name, true and predicted label, and a probability a class."""
+    # File names in another encoding leave as the bytes they came as.
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "true_label", "predicted_label", *label_names])
+        for name, label, row in zip(names, labels, probabilities, strict=True):
+            numbers = (f"{value:.9g}" for value in row)  # as many digits as a float32 has
+            writer.writerow([name, label_names[label], label_names[row.argmax()], *numbers])
 
 
 class StopSignal:
@@ -125,15 +118,6 @@ def resume_command(run_dir: Path) -> str:
         elif not word.startswith(("--output-dir=", "--resume=")):
             words.append(word)
     return shlex.join(["python", *words, "--output-dir", str(run_dir), "--resume", "auto"])
-
-
-def flatten(config: object) -> dict[str, str | int | float | bool]:
-    """Return a config's knobs in one level, for trackers, which refuse None and nested values."""
-    groups = dataclasses.asdict(config)
-    knobs = {name: value for name, value in groups.items() if not isinstance(value, dict)}
-    for group in groups.values():
-        knobs |= group if isinstance(group, dict) else {}
-    return {name: "" if value is None else value for name, value in knobs.items()}
 
 
 def numbers(row: dict) -> dict[str, float]:

@@ -42,7 +42,6 @@ def main(config: ReportConfig) -> None:
     # Imported here so that --help and a mistyped flag answer before torch is loaded.
     import shlex
     import sys
-    from pathlib import Path
 
     from tqdm import tqdm
 
@@ -99,9 +98,7 @@ def main(config: ReportConfig) -> None:
         report.write_report(
             folder,
             summary,
-            files=[
-                photo_set.name_of(i).removeprefix(f"{Path(config.data_dir)}/") for i in range(len(labels))
-            ],
+            files=data.names_of(photo_set.rows, config.data_dir),
             probabilities=probabilities,
             labels=labels,
             pictures=pictures,

@@ -6,14 +6,43 @@ accelerate launch scripts/train.py --data-dir my/photos --weights my.safetensors
 python scripts/train.py --help                                      # every knob
 """
 
-from hotdog_hf.config import DEFAULT_DATA_DIR, SAMPLE_DATA_DIR, TrainConfig, parse_train_config
-from hotdog_hf.errors import UserError, exit_on_user_error, message_of
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hotdog_hf.config import TrainConfig, parse_train_config
+from hotdog_hf.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from hotdog_hf.run import StopSignal
 
 
 def main(config: TrainConfig) -> None:
-    """Load photos and model, train, evaluate, save."""
+    """Train one network by the config, on the hardware that the launcher gave."""
     # Imported here so that --help and a mistyped flag answer before torch is loaded.
-    import dataclasses
+    from hotdog_hf import engine, hub
+    from hotdog_hf.run import StopSignal
+
+    accelerator = engine.build_accelerator(
+        config.run.precision, config.run.tracker, config.run.num_threads, config.run.deterministic
+    )
+    if config.hub.push_to_hub and accelerator.is_main_process:
+        hub.check_can_push(config.hub.push_to_hub)  # what the Hub would refuse is refused now
+    stop = StopSignal()
+    run_dir = train(config, accelerator, stop)
+    if run_dir and config.hub.push_to_hub and accelerator.is_main_process:
+        url = hub.push_folder(run_dir / "model", config.hub.push_to_hub, private=config.hub.private)
+        accelerator.print(f"pushed to {url}")
+    engine.finish(accelerator)
+    if run_dir is None:
+        raise SystemExit(stop.exit_code)
+
+
+def train(config: TrainConfig, accelerator: Accelerator, stop: StopSignal) -> Path | None:
+    """Load photos and model, train, evaluate, save; return the run's folder, or None where it was stopped."""
     import time
 
     import torch
@@ -21,80 +50,80 @@ def main(config: TrainConfig) -> None:
 
     from hotdog_hf import (
         card,
-        check,
         checkpoint,
         data,
         engine,
+        features,
+        files,
+        heads,
         hub,
         images,
         metrics,
         model,
         optim,
+        photos,
         plots,
         run,
     )
-    from hotdog_hf.download import download_photos
-    from hotdog_hf.sample import draw_sample
+    from hotdog_hf.config import flatten, plain
+    from hotdog_hf.errors import message_of
 
-    # Hardware and seed; what the Hub would refuse is refused now.
-    started = time.perf_counter()
-    accelerator = engine.build_accelerator(
-        config.run.precision, config.run.tracker, config.run.num_threads, config.run.deterministic
-    )
-    say, is_main = accelerator.print, accelerator.is_main_process
+    started, say, is_main = time.perf_counter(), accelerator.print, accelerator.is_main_process
+    hardware = engine.describe_hardware(accelerator)
     set_seed(config.run.seed)
-    say(f"{engine.describe_hardware(accelerator)}, seed {config.run.seed}")
-    if config.hub.push_to_hub and is_main:
-        hub.check_can_push(config.hub.push_to_hub)
+    say(f"{hardware}, seed {config.run.seed}")
 
     # Photos. The test split chooses nothing: where there is a validation split, that alone judges the epochs.
-    data_dir, skipped = config.data.data_dir, []
-    with accelerator.main_process_first():
-        if data_dir == DEFAULT_DATA_DIR:
-            download_photos(data_dir)
-        elif data_dir == SAMPLE_DATA_DIR:
-            draw_sample(data_dir)
-        if not data_dir.startswith(data.HUB_DATA_PREFIX):
-            # The other processes find the answers in its cache.
-            skipped, summary = check.files_to_skip(data_dir, config.data.bad_images, progress=is_main)
-            say(summary)
-    photos = data.load_photos(data_dir, config.data.val_fraction, config.run.seed, skip=frozenset(skipped))
-    label_names = photos["train"].features["label"].names
+    splits, skipped = photos.open_photos(config.data, config.run.seed, accelerator)
+    label_names = splits["train"].features["label"].names
     positive_label = data.resolve_positive(label_names, config.data.positive_label)
-    watched = "validation" if "validation" in photos else "test"
+    watched = "validation" if "validation" in splits else "test"
     if config.run.keep == "best" and watched == "test":
         raise UserError("--keep best needs a validation split to choose by: add --val-fraction 0.1")
-    say(data.describe(data.counts(photos)))
     say(f"positive class: {positive_label or 'none, so macro averages'}")
 
     # Model: the source's body, a new head, and the preprocessing that both will always carry.
-    if hub.is_saved_model(config.model.weights):
-        source = hub.load_model(config.model.weights)
-    else:
-        source = model.create_source(config.model.model, config.model.weights, config.data.image_size)
+    source = model.load_source(config.model.model, config.model.weights, config.data.image_size)
     say(f"source head: {model.describe_head(source)}")
     data_config = model.source_data_config(source, config.data.preprocessing, config.data.image_size)
+    source_head, source_classes = source.get_classifier(), None
+    if config.model.head_init == "class-vector":
+        source_classes = heads.match_classes(source, label_names, config.model.source_class)
     net = model.replace_head(source, label_names, data_config, config.model.head_init)
-    net = net.to(memory_format=engine.MEMORY_FORMAT)
+    net = net.to(accelerator.device, memory_format=engine.MEMORY_FORMAT)
     say(f"target head: {model.describe_head(net)}")
     say(f"preprocessing: {data_config}")
+    if config.model.freeze_body:
+        model.freeze_body(net)
 
-    # Batches.
+    # Photos as tensors or, where a frozen body allows, as its features, on which a head can be solved.
     workers = config.data.num_workers
     workers = engine.default_workers(accelerator) if workers is None else workers
+    accumulation = config.optim.gradient_accumulation_steps
+    eval_batch = engine.pass_size(accelerator, config.optim.batch_size, accumulation)
+    as_in_test = data.eval_transform(data_config)
+    sets = {split: data.PhotoDataset(splits[split], as_in_test, config.run.seed) for split in splits}
+    solved, seen = config.model.head_init in heads.SOLVED, {}
+    for split in splits if config.model.cache_features else ["train"] if solved else []:
+        place = (splits, split, config.data.data_dir, data_config)
+        seen[split] = features.of_split(accelerator, net, *place, seed=config.run.seed, num_workers=workers)
+    if solved:
+        heads.solve(net, config.model.head_init, seen["train"], source_head, source_classes)
+    sets, trained = (seen, net.get_classifier()) if config.model.cache_features else (sets, net)
+    if config.data.augmentation == "crop":
+        crop = data.train_transform(data_config, config.data.train_image_size, config.data.min_crop_area)
+        sets["train"] = data.PhotoDataset(splits["train"], crop, config.run.seed)
     train_loader = data.train_loader(
-        data.PhotoDataset(photos["train"], data.train_transform(data_config), config.run.seed),
+        sets["train"],
         config.optim.batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         num_workers=workers,
     )
-    accumulation = config.optim.gradient_accumulation_steps
-    eval_batch = engine.pass_size(accelerator, config.optim.batch_size, accumulation)
-    eval_loaders = {}
-    for split in {watched, "test"}:
-        eval_set = data.PhotoDataset(photos[split], data.eval_transform(data_config))
-        eval_loaders[split] = accelerator.prepare(data.eval_loader(eval_set, eval_batch, num_workers=workers))
+    eval_loaders = {
+        split: accelerator.prepare(data.eval_loader(sets[split], eval_batch, num_workers=workers))
+        for split in {watched, "test"}
+    }
 
     # Optimizer: named groups, each with its rate, and a schedule that keeps their ratios.
     groups = optim.parameter_groups(
@@ -105,19 +134,23 @@ def main(config: TrainConfig) -> None:
         weight_decay=config.optim.weight_decay,
         decay_norm_and_bias=config.optim.decay_norm_and_bias,
     )
-    say(optim.describe_groups(groups))
+    say(optim.describe_groups(groups, net))
     optimizer = optim.build_optimizer(groups, config.optim.optimizer, config.optim.momentum)
     total_steps = len(train_loader) * config.optim.epochs
     schedule = optim.build_schedule(
         optimizer, config.optim.schedule, total_steps, config.optim.warmup_fraction
     )
-    net, optimizer = accelerator.prepare(net, optimizer)
+    average = optim.build_average(trained, config.optim.ema_decay)
+    resting = model.resting_modules(
+        trained, body=config.model.freeze_body, batch_norm=config.model.batch_norm == "source"
+    )
+    trained, optimizer = accelerator.prepare(trained, optimizer)
 
     # The run's folder, made last of all that can be refused, so that a refused start leaves nothing behind.
     identity = {
-        "config": dataclasses.asdict(config),
+        "config": plain(config),
         "num_processes": accelerator.num_processes,
-        "photos": data.manifest(photos, data_dir),
+        "photos": data.manifest(splits, config.data.data_dir),
     }
     run_dir = config.run.output_dir or run.default_run_dir(config.recipe)
     if found := checkpoint.find(config.run.resume, config.run.output_dir):
@@ -125,44 +158,47 @@ def main(config: TrainConfig) -> None:
         checkpoint.check_same_run(run.read_identity(run_dir), identity, config.run.resume_anyway)
     if is_main:
         run_dir, _lock = run.open_run_dir(run_dir, resume=config.run.resume is not None)
-        with run.writing_to(run_dir):
+        with files.writing_to(run_dir):
             run.write_identity(run_dir, identity, skipped)
-            plots.plot_samples(*data.showcase(photos["train"], positive_label), run_dir / "samples.png")
+            plots.plot_samples(*data.showcase(splits["train"], positive_label), run_dir / "samples.png")
     [run_dir] = broadcast_object_list([run_dir])
-    engine.start_tracker(accelerator, run_dir, run.flatten(config))
+    engine.start_tracker(accelerator, run_dir, flatten(identity["config"]))
 
-    # Where to start, how to stop, and how to judge.
-    progress, totals = checkpoint.Progress(), torch.zeros(3, device=accelerator.device)
+    # Where to start, and how to judge. A solved head is judged before training, as epoch 0.
+    progress = checkpoint.Progress(epoch=0 if solved else 1)
+    totals = torch.zeros(3, device=accelerator.device)
     if found:
-        progress, totals = checkpoint.load(found, accelerator, net, optimizer, schedule)
+        progress, totals = checkpoint.load(found, accelerator, trained, optimizer, schedule, average)
         say(f"resumed from {found}: epoch {progress.epoch}, step {progress.step}")
-    stop, report = run.StopSignal(), metrics.ClassificationReport(label_names, positive_label)
+    report = metrics.ClassificationReport(label_names, positive_label)
 
     def save_checkpoint() -> None:
-        state = (accelerator, net, optimizer, schedule, progress, totals)
+        state = (accelerator, trained, optimizer, schedule, average, progress, totals)
         checkpoint.save(run_dir, *state, keep=config.run.keep_checkpoints)
 
-    def evaluate(split: str) -> dict:
-        probabilities, labels = engine.predict(accelerator, net, eval_loaders[split], title=split)
-        return report.compute(predictions=probabilities, references=labels)
+    def evaluate(network: torch.nn.Module, split: str) -> tuple[dict, torch.Tensor, torch.Tensor]:
+        engine.share_state(network)
+        probabilities, labels = engine.predict(accelerator, network, eval_loaders[split], title=split)
+        return report.compute(predictions=probabilities, references=labels), probabilities, labels
 
-    # Train.
-    every = config.run.checkpoint_every
-    for epoch in range(progress.epoch, config.optim.epochs + 1):
+    def train_epoch(epoch: int) -> bool:
         train_loader.batch_sampler.seek(epoch, progress.step)
         if progress.step == 0:
             progress.learning_rate = optimizer.param_groups[-1]["lr"]
-        tick = time.perf_counter()
+        tick, every = time.perf_counter(), config.run.checkpoint_every
         try:
             for _ in engine.train_steps(
                 accelerator,
-                net,
+                trained,
                 train_loader,
                 optimizer,
                 schedule,
                 totals,
                 loss_reduction=config.optim.loss_reduction,
+                label_smoothing=config.optim.label_smoothing,
                 accumulation_steps=accumulation,
+                average=average,
+                resting=resting,
                 title=f"epoch {epoch}/{config.optim.epochs}",
             ):
                 progress.step += 1
@@ -173,51 +209,66 @@ def main(config: TrainConfig) -> None:
                     save_checkpoint()
                 if stopped:
                     say(f"stopped in epoch {epoch}; go on with: {run.resume_command(run_dir)}")
-                    net, optimizer, *_ = engine.finish(accelerator, net, optimizer)
-                    raise SystemExit(stop.exit_code)
+                    return False
         except UserError as error:
             # A photo that can't be read any more, a loss that isn't finite, a full disk.
             if isinstance(error, images.UnreadableImageError) and accelerator.num_processes == 1:
                 save_checkpoint()
             where, last = f"epoch {epoch}, step {progress.step + 1}", checkpoint.latest(run_dir) or "none"
             raise UserError(f"{where}: {message_of(error)}. Last good checkpoint: {last}") from error
+        return True
 
+    # Train. Each epoch is judged; of a solved head also the start, as epoch 0.
+    scores = predicted = None
+    for epoch in range(progress.epoch, config.optim.epochs + 1):
+        if epoch == 0:
+            totals += engine.totals_of(accelerator, net.get_classifier(), seen["train"])
+            progress.seconds = time.perf_counter() - started
+        elif not train_epoch(epoch):
+            return None
         row = {"epoch": epoch, "learning_rate": progress.learning_rate}
         row |= engine.epoch_row(accelerator, totals, progress.seconds)
-        scores = evaluate(watched)
+        judged = average.module if average and epoch > 0 else trained
+        scores, *predicted = evaluate(judged, watched)
         row |= {f"{watched}_{name}": value for name, value in scores.items()}
         say(run.describe_epoch(row, watched))
         engine.log(accelerator, run.numbers(row), step=epoch)
-        improved = scores["accuracy"] > progress.best_accuracy
+        quality = [scores["accuracy"], -scores["loss"]]
+        improved = quality > progress.best
         progress = checkpoint.Progress(
             epoch=epoch + 1,
             total_steps=progress.total_steps,
             rows=[*progress.rows, row],
-            best_accuracy=max(scores["accuracy"], progress.best_accuracy),
+            best=max(quality, progress.best),
         )
         totals.zero_()
         if is_main:
-            with run.writing_to(run_dir):
+            with files.writing_to(run_dir):
                 run.write_metrics(run_dir, progress.rows)
                 plots.plot_curves(progress.rows, watched, run_dir / "curves.png")
                 if improved if config.run.keep == "best" else epoch == config.optim.epochs:
-                    hub.save_model(accelerator.unwrap_model(net), run_dir / "model", config.hub.license)
+                    kept = net if config.model.cache_features else accelerator.unwrap_model(judged)
+                    hub.save_model(kept, run_dir / "model", config.hub.license)
         save_checkpoint()
 
     # The kept model on the test split, its card, and its way to the Hub.
-    if config.run.keep == "best":
-        accelerator.unwrap_model(net).load_state_dict(hub.load_model(run_dir / "model").state_dict())
-    scores = run.scores_of(progress.rows[-1], "test") if watched == "test" else evaluate("test")
+    if watched != "test" or predicted is None:
+        if is_main:
+            kept = hub.load_model(run_dir / "model")
+            kept = kept.get_classifier() if config.model.cache_features else kept
+            accelerator.unwrap_model(trained).load_state_dict(kept.state_dict())
+        scores, *predicted = evaluate(trained, "test")
     final = run.final_row(progress.rows, scores, seconds=time.perf_counter() - started)
-    hardware = engine.describe_hardware(accelerator)
     if is_main:
-        with run.writing_to(run_dir):
+        with files.writing_to(run_dir):
             run.write_metrics(run_dir, [*progress.rows, final])
+            names = data.names_of(splits["test"], config.data.data_dir)
+            run.write_predictions(run_dir / "predictions.csv", names, *predicted, label_names)
             card.write_card(
                 run_dir,
                 name=(config.hub.push_to_hub or run_dir.name).rpartition("/")[2],
                 config=identity["config"],
-                counts=data.counts(photos),
+                counts=data.counts(splits),
                 scores=final,
                 positive_label=positive_label,
                 hardware=hardware,
@@ -225,10 +276,7 @@ def main(config: TrainConfig) -> None:
                 data_config=data_config,
             )
     say(run.describe_final(final, run_dir, hardware))
-    if config.hub.push_to_hub and is_main:
-        url = hub.push_folder(run_dir / "model", config.hub.push_to_hub, private=config.hub.private)
-        say(f"pushed to {url}")
-    net, optimizer, *_ = engine.finish(accelerator, net, optimizer)
+    return run_dir
 
 
 if __name__ == "__main__":

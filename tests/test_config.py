@@ -1,10 +1,11 @@
 import dataclasses
+import re
 import sys
 
 import pytest
 from conftest import ROOT, run
 
-from hotdog_hf.config import RECIPES, OptimConfig, TrainConfig, parse_train_config
+from hotdog_hf.config import RECIPES, OptimConfig, TrainConfig, command_of, parse_train_config
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,10 @@ from hotdog_hf.config import RECIPES, OptimConfig, TrainConfig, parse_train_conf
         ("--image-size", "8"),
         ("--num-workers", "-1"),
         ("--seed", "-1"),
+        ("--min-crop-area", "0"),
+        ("--train-image-size", "8"),
+        ("--label-smoothing", "1"),
+        ("--ema-decay", "1"),
         ("--recipe", "pie"),
         ("--optimizer", "adam"),
         ("--no-such-flag", "1"),
@@ -37,6 +42,43 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
     assert end.value.code == 2
     printed = "".join(capsys.readouterr())
     assert flag in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epochs 0", "--epochs needs --head-init probe or class-vector, got 0"),
+        ("--recipe frozen --epochs 0", "--epochs needs --head-init probe or class-vector, got 0"),
+        ("--recipe best --epochs -1", "--epochs must be 0 or more"),
+        ("--augmentation none --cache-features", "--cache-features .* add --freeze-body"),
+        ("--freeze-body --cache-features", "--augmentation gives other features in every epoch"),
+        ("--recipe probe --augmentation crop", "--augmentation gives other features in every epoch"),
+        ("--source-class hotdog=934", "--source-class needs --head-init class-vector"),
+        ("--recipe class-vector --source-class cat=tabby 934", r"--source-class is name=class, .*'934'\]"),
+        ("--recipe frozen --ema-decay 0.9", "--ema-decay is not for --cache-features"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused_with_the_reason(flags, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_train_config(flags.split())
+    printed = " ".join("".join(capsys.readouterr()).replace("│", " ").split())
+    assert end.value.code == 2 and re.search(message, printed), printed
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--recipe class-vector --epochs 0 --source-class hotdog=934 cat=tabby",
+        "--recipe frozen --no-cache-features --augmentation crop --ema-decay 0.9",
+        "--head-init probe --epochs 0",
+        "--recipe best --train-image-size None",
+    ],
+)
+def test_what_goes_together_is_taken_and_its_command_line_means_the_same(flags):
+    config = parse_train_config(flags.split())
+    words = command_of(config).split()
+    assert words[:3] == ["accelerate", "launch", "scripts/train.py"]
+    assert parse_train_config(words[3:]) == config
 
 
 def test_the_chapter_recipe_is_the_books():

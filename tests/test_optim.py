@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from hotdog_hf import optim
+from hotdog_hf import model, optim
 
 
 def groups_of(name, **knobs):
@@ -58,9 +58,19 @@ def test_a_frozen_parameter_is_in_no_group():
 
 
 def test_the_table_shows_names_counts_and_rates():
-    table = optim.describe_groups(groups_of("resnet18", head_lr_mult=10)).splitlines()
+    net = timm.create_model("resnet18", num_classes=2)
+    groups = optim.parameter_groups(net, learning_rate=1.0, head_lr_mult=10)
+    table = optim.describe_groups(groups, net).splitlines()
     assert table[1].split() == ["stem", "9,536", "1", "0"]
     assert table[-1].split() == ["head", "1,026", "10", "0"]
+
+
+def test_the_table_names_what_is_not_trained():
+    net = timm.create_model("resnet18", num_classes=2)
+    model.freeze_body(net)
+    table = optim.describe_groups(optim.parameter_groups(net, learning_rate=1.0, head_lr_mult=10), net)
+    assert table.splitlines()[1].split() == ["head", "1,026", "10", "0"]
+    assert table.splitlines()[2].split() == ["frozen", "11,176,512"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -11,15 +12,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import safetensors.torch
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_MODEL, run
 from test_engine import TWO_PROCESSES
 
-from hotdog_hf import checkpoint, data
+from hotdog_hf import checkpoint, data, engine
+from hotdog_hf.config import parse_train_config
 from hotdog_hf.errors import UserError
 
 # Kills of the whole process group in each setting; more by HOTDOG_KILLS=20.
@@ -33,6 +37,29 @@ def numbers_of(run_dir):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "train_seconds", "examples_per_second")
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
+
+
+class StopAfter:
+    """Stands for a signal that arrives in the given step, counted from the start of the script."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    @property
+    def number(self):  # train.py asks once after every step
+        self.steps -= 1
+        return signal.SIGTERM if self.steps == 0 else 0
+
+
+def train_here(weights, data_dir, run_dir, *flags, stop=None):
+    """Run the training of scripts/train.py as `train` does, but in this process, which costs no imports."""
+    words = ["--data-dir", data_dir, "--output-dir", run_dir, "--model", TINY_MODEL, "--weights", weights]
+    words += ["--image-size", 64, "--batch-size", 8, *flags]
+    config = parse_train_config([str(word) for word in words])
+    accelerator = engine.build_accelerator(config.run.precision, num_threads=1)
+    script = runpy.run_path(str(ROOT / "scripts/train.py"))
+    finished = script["train"](config, accelerator, stop or SimpleNamespace(number=0))
+    assert finished == (None if stop else run_dir)
 
 
 def assert_same_run(run_dir, reference):
@@ -125,6 +152,65 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_very_bit(
     assert kills == 0 or "resumed from" in out
     assert_same_run(run_dir, reference)
     assert len(list((run_dir / "checkpoints").iterdir())) <= 3, "two are kept, and one may be half written"
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, 6])
+def test_the_average_of_the_weights_goes_on_to_the_very_bit(tiny_weights, photos_dir, tmp_path, stop_after):
+    """Steps 1-4 are epoch 1, 5-8 epoch 2; the saved model is the average."""
+    flags = ("--epochs", 2, "--learning-rate", 1e-3, "--ema-decay", 0.9)
+    train_here(tiny_weights, photos_dir, tmp_path / "undisturbed", *flags)
+    train_here(tiny_weights, photos_dir, tmp_path / "run", *flags, stop=StopAfter(stop_after))
+    assert newest(tmp_path / "run") == f"step-{stop_after:08}"
+    train_here(tiny_weights, photos_dir, tmp_path / "run", *flags, "--resume", "auto")
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+    state = safetensors.torch.load_file(checkpoint.latest(tmp_path / "run") / "state.safetensors")
+    saved = safetensors.torch.load_file(tmp_path / "run/model/model.safetensors")
+    assert torch.equal(saved["fc.weight"], state["average.module.fc.weight"])
+    assert not torch.equal(saved["fc.weight"], state["model.fc.weight"])
+
+
+def test_an_average_follows_weights_and_statistics_by_its_formula():
+    from book_loop import network
+
+    from hotdog_hf import optim
+
+    assert optim.build_average(network("train"), decay=0) is None
+    net = network("train").train()
+    average, expected = optim.build_average(net, decay=0.75), None
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(4):
+        net(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(net)
+        now = {name: value.clone() for name, value in net.state_dict().items() if value.is_floating_point()}
+        old = expected or now
+        expected = {name: 0.75 * old[name] + 0.25 * value for name, value in now.items()}
+    ours = average.module.state_dict()
+    assert "bn1.running_mean" in expected and not torch.equal(ours["fc.weight"], now["fc.weight"])
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value)
+
+
+@pytest.fixture
+def bf16_accelerator():
+    """An accelerator in another precision than that of the other tests in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield engine.build_accelerator("bf16", num_threads=1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_an_average_is_judged_in_the_runs_own_precision(bf16_accelerator, dataset):
+    from book_loop import network
+
+    from hotdog_hf import optim
+
+    net = network("train")
+    average = optim.build_average(net, decay=0.5)
+    loader = bf16_accelerator.prepare(data.eval_loader(dataset, 8))
+    prepared, _ = engine.predict(bf16_accelerator, bf16_accelerator.prepare(net), loader)
+    averaged, _ = engine.predict(bf16_accelerator, average.module, loader)
+    assert torch.equal(averaged, prepared)
 
 
 @pytest.fixture
@@ -329,7 +415,7 @@ def test_the_random_state_comes_back(tmp_path):
     import numpy as np
     from book_loop import network
 
-    from hotdog_hf import engine, optim
+    from hotdog_hf import optim
 
     accelerator = engine.build_accelerator("no", num_threads=1)
     net = network("train")
@@ -339,7 +425,7 @@ def test_the_random_state_comes_back(tmp_path):
     net(torch.randn(2, 3, 32, 32)).sum().backward()
     optimizer.step()
     schedule.step()
-    parts = (accelerator, net, optimizer, schedule)
+    parts = (accelerator, net, optimizer, schedule, None)
     folder = checkpoint.save(tmp_path, *parts, checkpoint.Progress(total_steps=1), torch.ones(3), keep=1)
     expected = random.random(), np.random.rand(), torch.rand(1), optimizer.param_groups[0]["lr"]
     moments = {key: value.clone() for key, value in optimizer.state_dict()["state"][0].items()}

@@ -27,7 +27,7 @@ def chapter_run(train, photos_dir, tmp_path_factory):
 def test_a_run_leaves_what_the_readme_promises(chapter_run):
     done, run_dir = chapter_run
     assert done.returncode == 0, done.stderr
-    records = {".lock", "checkpoints", "config.json", "identity.json", "metrics.jsonl"}
+    records = {".lock", "checkpoints", "config.json", "identity.json", "metrics.jsonl", "predictions.csv"}
     assert {path.name for path in run_dir.iterdir()} == records | {"curves.png", "model", "samples.png"}
     first, second, final = metrics_of(run_dir)
     assert (first["epoch"], second["epoch"], final["final"]) == (1, 2, True)

@@ -1,0 +1,175 @@
+"""The chapter's claim and its exercises as one study, with numbers one can trust.
+
+accelerate launch scripts/reproduce.py                                    # all of it, on the chapter's photos
+accelerate launch scripts/reproduce.py --data-dir my/photos --seeds 3 --only finetune,scratch,best
+python scripts/reproduce.py --only rates --image-size 128                 # one exercise, on smaller pictures
+
+Runs that are finished are not run again: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from hotdog_hf.config import DEFAULT_DATA_DIR
+from hotdog_hf.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import DatasetDict
+
+EXPERIMENTS = "finetune scratch frozen class-vector probe best rates grid variants".split()
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Run the chapter's study and write runs/reproduce/README.md, results.csv and the figures."""
+
+    # Folder with train/<class>/* and test/<class>/*, or hf://datasets/user/name.
+    data_dir: str = DEFAULT_DATA_DIR
+    # Any timm model name, and its weights, as for scripts/train.py.
+    model: str = "resnet18"
+    # "auto", "bundled", or a .safetensors/.pth file.
+    weights: str = "auto"
+    # Source classes of ours, as in hotdog=934, where the names are not the source's own.
+    source_class: tuple[str, ...] = ()
+    # Seeds 0, 1, ... of each arm.
+    seeds: int = 5
+    # What to run, with commas between: finetune, scratch, frozen, class-vector, probe, best (the arms), rates
+    # (exercise 1), grid (exercise 2), variants (what was tried for "best"). Unset: all but the variants.
+    only: str = ",".join(EXPERIMENTS[:-1])
+    # Epochs of every run but the probe's. Unset: each recipe's own.
+    epochs: int | None = None
+    # Side of the square input in pixels. Unset: the model's own.
+    image_size: int | None = None
+    # Class that precision, recall and the zero-shot question speak of. Unset: "hotdog" where it exists.
+    positive_label: str | None = None
+    # BatchNorm in the recipe "best": by the batch, or by the source's statistics.
+    batch_norm: Literal["batch", "source"] = "batch"
+    # Loader processes. Unset: as in scripts/train.py.
+    num_workers: int | None = None
+    # Threads of a process on a CPU. Unset: the cores, shared out among the processes.
+    num_threads: int | None = None
+    # Where the study goes.
+    output_dir: str = "runs/reproduce"
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+        if wrong := sorted(set(self.only.split(",")) - set(EXPERIMENTS)):
+            raise ValueError(f"--only {wrong[0]!r} is none of {', '.join(EXPERIMENTS)}")
+
+
+def main(config: ReproduceConfig) -> None:
+    """Plan the runs, train those that are missing, and write what they say."""
+    # Imported here so that --help and a mistyped flag answer before torch is loaded.
+    import shlex
+    import sys
+    from pathlib import Path
+
+    from train import train
+
+    from hotdog_hf import data, engine, files, model, photos, plots, study
+    from hotdog_hf.config import DataConfig
+    from hotdog_hf.run import StopSignal
+
+    study_dir = Path(config.output_dir)
+    accelerator = engine.build_accelerator("auto", num_threads=config.num_threads)
+    say, is_main, stop = accelerator.print, accelerator.is_main_process, StopSignal()
+    with files.writing_to(study_dir):
+        study_dir.mkdir(parents=True, exist_ok=True)
+
+    # The photos, and all runs but those that a grid has still to choose.
+    splits, _ = photos.open_photos(DataConfig(data_dir=config.data_dir), 0, accelerator)
+    manifest, counts = data.manifest(splits, config.data_dir), data.counts(splits)
+    common = {name: value for name in study.COMMON if (value := getattr(config, name)) is not None}
+    experiments = [name for name in EXPERIMENTS if name in config.only.split(",")]
+    try:
+        queue = [run for name in experiments for run in study.runs_of(name, config.seeds, common)]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    size = config.image_size or model.input_size(config.model)
+    net = model.create_source(config.model, "none", config.image_size)
+    clock = study.Clock(counts, size, *engine.measure_speed(accelerator, net, size))
+
+    # Train what is missing. What a grid chooses is trained when all of the grid is there.
+    results = []
+    while queue and not stop.number:
+        run = queue.pop(0)
+        folder = run.folder(study_dir, manifest, accelerator.num_processes)
+        accelerator.wait_for_everyone()
+        result = study.read_result(run, folder)
+        if result is None:
+            say(f"\n== {run.name}, seed {run.seed}; {clock.describe([run, *queue])}")
+            try:
+                train(study.override(run.config, output_dir=str(folder), resume="auto"), accelerator, stop)
+            except UserError as error:
+                # Too high a rate is an answer too.
+                if not isinstance(error.__cause__, engine.NonFiniteLossError):
+                    raise
+                say(str(error))
+                if is_main:
+                    study.write_broke(folder, str(error))
+            engine.release(accelerator)
+            accelerator.wait_for_everyone()
+            if (result := study.read_result(run, folder)) is None:
+                break  # stopped
+            clock.learn(result)
+        results.append(result)
+        if run.experiment == "grid" and not any(left.experiment == "grid" for left in queue):
+            queue += [study.tuned(results, arm) for arm in ("finetune", "scratch")]
+
+    # What they say.
+    zero = None
+    if "class-vector" in experiments and not stop.number:
+        zero = ask_source(config, accelerator, splits)
+    if is_main and results:
+        with files.writing_to(study_dir):
+            plots.plot_arms(study.summaries(results), study_dir / "intervals.png")
+            plots.plot_arm_curves(study.curves(results), study_dir / "curves.png")
+            plots.plot_rates(study.rates_table(results), study_dir / "rates.png")
+            study.write_study(
+                study_dir,
+                results,
+                zero,
+                {
+                    "command": shlex.join(["accelerate", "launch", *sys.argv]),
+                    "counts_table": data.describe(counts),
+                    "hardware": engine.describe_hardware(accelerator),
+                    "versions": engine.describe_versions(),
+                    "missing": len(queue),
+                },
+            )
+        print(
+            f"\n{study_dir}/README.md: {len(results)} runs{f', {len(queue)} still to come' if queue else ''}"
+        )
+    engine.finish(accelerator)
+    if stop.number:
+        raise SystemExit(stop.exit_code)
+
+
+def ask_source(config: ReproduceConfig, accelerator: Accelerator, splits: DatasetDict) -> dict | None:
+    """Judge the source's own class before any training, or None where the positive class has none."""
+    from hotdog_hf import data, engine, features, heads, model, study
+
+    label_names = splits["train"].features["label"].names
+    source = model.load_source(config.model, config.weights, config.image_size)
+    source = source.to(accelerator.device, memory_format=engine.MEMORY_FORMAT)
+    data_config = model.source_data_config(source, "chapter", config.image_size)
+    classes = heads.match_classes(source, label_names, config.source_class)
+    positive = label_names.index(data.resolve_positive(label_names, config.positive_label) or label_names[0])
+    if classes[positive] is None:
+        return None
+    seen = {
+        split: features.of_split(accelerator, source, splits, split, config.data_dir, data_config)
+        for split in ("train", "test")
+    }
+    return study.zero_shot(seen, source.get_classifier(), classes[positive], positive)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(tyro.cli(ReproduceConfig))
