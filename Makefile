@@ -7,8 +7,11 @@ DEMO := runs/demo
 DEMO_FLAGS := --data-dir data/sample --model tf_efficientnet_lite0 --weights bundled \
 	--batch-size 16 --epochs 6 --learning-rate 1e-4 --momentum 0.9 --schedule cosine
 
+MODEL := $(DEMO)/model
+DATA := data/hotdog
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo train test style quality clean
+.PHONY: help install demo train reproduce report test style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +29,12 @@ demo: install  ## fine-tune a real pretrained network on the drawn sample, offli
 
 train: install  ## the chapter: download the hot-dog photos, fine-tune ResNet-18 for 5 epochs
 	$(LAUNCH) scripts/train.py
+
+reproduce: install  ## the chapter's claim and exercises as one study; stops and goes on
+	$(LAUNCH) scripts/reproduce.py --data-dir $(DATA)
+
+report: install  ## judge a model: make report MODEL=runs/mine/model DATA=my/photos (default: the demo's)
+	$(PYTHON) scripts/report.py $(MODEL) --data-dir $(if $(filter file,$(origin DATA)),data/sample,$(DATA))
 
 test: install  ## run the tests, offline
 	$(PYTHON) -m pytest

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from hotdog_hf.config import DEFAULT_DATA_DIR
+from hotdog_hf.config import DEFAULT_DATA_DIR, DataConfig
 from hotdog_hf.errors import UserError, exit_on_user_error
 
 
@@ -25,6 +25,12 @@ class ReportConfig:
     data_dir: str = DEFAULT_DATA_DIR
     # Photos to judge by. Those of validation also choose a threshold, those of train were learned.
     split: Literal["test", "validation", "train"] = "test"
+    # Share of train to cut off as the validation split, as --val-fraction and --seed of the training did.
+    val_fraction: float = 0.0
+    # Seed of that cut.
+    seed: int = 0
+    # Photos that cannot be read: end with their names, or go on without.
+    bad_images: Literal["fail", "skip"] = "fail"
     # Where the report goes; an earlier one there is replaced.
     output_dir: str = "report"
     # Class that precision, recall, F1 and the threshold speak of. Unset: "hotdog" where that class exists.
@@ -35,6 +41,11 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
+        self.photos()
+
+    def photos(self) -> DataConfig:
+        """Return which photos are meant, as a training would say it."""
+        return DataConfig(data_dir=self.data_dir, val_fraction=self.val_fraction, bad_images=self.bad_images)
 
 
 def main(config: ReportConfig) -> None:
@@ -45,25 +56,25 @@ def main(config: ReportConfig) -> None:
 
     from tqdm import tqdm
 
-    from hotdog_hf import data, engine, hub, model, report
+    from hotdog_hf import data, engine, hub, model, photos, report
 
     folder = report.check_output_dir(config.output_dir)
     # In float32, as scripts/predict.py and every other loader of the folder compute.
     accelerator = engine.build_accelerator("no")
     with accelerator.main_process_first():
         net = hub.load_model(config.model)
-        photos = data.load_photos(config.data_dir)
-    if config.split not in photos:
-        raise UserError(f"{config.data_dir} has no {config.split} split, only {', '.join(photos)}")
+    splits, _ = photos.open_photos(config.photos(), config.seed, accelerator)
+    if config.split not in splits:
+        raise UserError(f"{config.data_dir} has no {config.split} split, only {', '.join(splits)}")
     label_names, data_config = model.label_names_of(net), model.data_config_of(net)
-    order = report.label_order(photos["train"].features["label"].names, label_names)
+    order = report.label_order(splits["train"].features["label"].names, label_names)
     positive_label = data.resolve_positive(label_names, config.positive_label)
 
     # Predictions. A threshold is chosen on validation alone.
-    splits = [config.split]
-    if positive_label and "validation" in photos and config.split != "validation":
-        splits.append("validation")
-    sets = {split: data.PhotoDataset(photos[split], data.eval_transform(data_config)) for split in splits}
+    judged = [config.split]
+    if positive_label and "validation" in splits and config.split != "validation":
+        judged.append("validation")
+    sets = {split: data.PhotoDataset(splits[split], data.eval_transform(data_config)) for split in judged}
     net, predicted = accelerator.prepare(net.to(memory_format=engine.MEMORY_FORMAT)), {}
     for split, photo_set in sets.items():
         loader = data.eval_loader(

@@ -1,10 +1,12 @@
 """Every command and snippet of the README is run here, on a tiny model and small photos, or by the gate."""
 
+import importlib
 import re
 import shlex
 import shutil
 
 import pytest
+import tyro
 from conftest import ROOT, TINY_MODEL, run
 from loopback_hub import LoopbackHub
 from test_hub import target
@@ -68,6 +70,18 @@ def test_train_commands_train(command, photos_dir, tiny_weights, tmp_path):
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
+STUDY_COMMANDS = [line for line in commands() if "scripts/reproduce.py" in line]
+
+
+@pytest.mark.parametrize("command", STUDY_COMMANDS)
+def test_study_commands_are_understood(command, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    reproduce = importlib.import_module("reproduce")
+    words = shlex.split(command)
+    config = tyro.cli(reproduce.ReproduceConfig, args=words[words.index("scripts/reproduce.py") + 1 :])
+    assert set(config.only.split(",")) <= set(reproduce.EXPERIMENTS)
+
+
 OTHER_COMMANDS = [
     line
     for line in commands()
@@ -90,7 +104,7 @@ def test_the_other_commands_work_one_after_the_other(photos_dir, tmp_path):
 
 
 def test_no_command_is_left_out():
-    checked = {*TRAIN_COMMANDS, *OTHER_COMMANDS}
+    checked = {*TRAIN_COMMANDS, *STUDY_COMMANDS, *OTHER_COMMANDS}
     others = [line for line in commands() if line not in checked]
     assert all(line.startswith("make ") or line == "python scripts/train.py --help" for line in others)
     assert len(TRAIN_COMMANDS) >= 5 and len(OTHER_COMMANDS) >= 7
