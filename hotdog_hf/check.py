@@ -23,9 +23,9 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from hotdog_hf.errors import UserError, printable
-from hotdog_hf.files import cache_dir
 from hotdog_hf.folder import Photos, class_faults, find_photos, list_photos, plain_name, unused_files
 from hotdog_hf.images import decode_image
+from hotdog_hf.machine import allowed_cores, cache_dir
 
 # Every kind of finding, worst first: an error would make the numbers of a training wrong or stop it.
 KINDS = {
@@ -176,10 +176,9 @@ def _sorted(findings: Iterable[Finding]) -> list[Finding]:
 def _inspect_all(paths: list[Path], cache_file: Path | None, progress: bool) -> dict[Path, Record]:
     cache = _read_cache(cache_file)
     keys = [str(path.absolute()) for path in paths]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     hidden = None if progress else True  # None: a bar on a terminal, none in a log file
     # Threads, not processes: Pillow decodes and resizes without the interpreter's lock.
-    with warnings.catch_warnings(), ThreadPoolExecutor(cores) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(allowed_cores()) as pool:
         warnings.simplefilter("ignore")  # Pillow's, on what the report says better
         bar = tqdm(total=len(paths), desc="checking photos", unit="img", leave=False, disable=hidden)
         records = []

@@ -41,9 +41,11 @@ class Progress:
     epoch: int = 1
     step: int = 0
     total_steps: int = 0
-    # The head's learning rate at the start of this epoch, and the seconds spent on its steps.
+    # The head's learning rate at the start of this epoch, the seconds spent on its steps, and those of them
+    # that were spent waiting for photos.
     learning_rate: float = 0.0
     seconds: float = 0.0
+    waited: float = 0.0
     # Sums over the photos seen in this epoch by each process: loss, correct, photos.
     totals: list[list[float]] = field(default_factory=list)
     # One row of metrics for every finished epoch, and the best among them: accuracy, and the loss negated.

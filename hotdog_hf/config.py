@@ -47,7 +47,7 @@ class DataConfig:
     min_crop_area: float = 0.08
     # Side of the training crops in pixels, where it is to differ from the test's.
     train_image_size: int | None = None
-    # Loader processes. Unset: 0 on a CPU, whose cores the network needs; else up to 8 a GPU.
+    # Loader processes. Unset: one for every 16 cores of a CPU, which the network needs; up to 8 a GPU.
     num_workers: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """The Accelerate loop: where training and evaluation pass through the network."""
 
 import contextlib
+import copy
 import gc
 import importlib.util
 import itertools
@@ -22,11 +23,14 @@ from tqdm import tqdm
 
 from hotdog_hf.data import IGNORED_LABEL, FeatureDataset
 from hotdog_hf.errors import UserError
+from hotdog_hf.machine import allowed_cores
 
 BAR_REFRESH_SECONDS = 0.5
 # Convolutions run faster on it, on CPUs and on GPUs with tensor cores; the numbers are the same.
 MEMORY_FORMAT = torch.channels_last
 MAX_WORKERS = 8
+# On a CPU, one core in so many decodes; with fewer cores the loop decodes between the steps.
+CORES_A_WORKER = 16
 
 
 def build_accelerator(
@@ -79,9 +83,13 @@ def build_accelerator(
 
 def _default_threads() -> int:
     """Return this process's share of the cores; `accelerate launch` sets OMP_NUM_THREADS=1 everywhere."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
-    return max(cores // _local_processes(), 1)
+    cores = min(psutil.cpu_count(logical=False) or allowed_cores(), allowed_cores())
+    return max((cores - _cpu_workers()) // _local_processes(), 1)
+
+
+def _cpu_workers() -> int:
+    """Return how many cores decode photos while the others compute."""
+    return allowed_cores() // CORES_A_WORKER
 
 
 def _local_processes() -> int:
@@ -121,10 +129,10 @@ def describe_versions() -> str:
 
 
 def default_workers(accelerator: Accelerator) -> int:
-    """Return the number of loader processes: none on a CPU, else this GPU's share of the cores."""
+    """Return the number of loader processes: a CPU's few spare cores, or this GPU's share of all of them."""
     if accelerator.device.type == "cpu":
-        return 0
-    return min(MAX_WORKERS, (os.cpu_count() or 1) // _local_processes())
+        return _cpu_workers() // _local_processes()
+    return min(MAX_WORKERS, allowed_cores() // _local_processes())
 
 
 def start_tracker(accelerator: Accelerator, run_dir: Path, knobs: dict) -> None:
@@ -153,10 +161,15 @@ def release(accelerator: Accelerator) -> None:
     gc.collect()
 
 
-def measure_speed(accelerator: Accelerator, net: torch.nn.Module, image_size: int) -> tuple[float, float]:
-    """Return roughly the seconds that a photo takes in training and in evaluation, over all processes."""
-    net = net.to(accelerator.device, memory_format=MEMORY_FORMAT)
-    images = torch.randn(16, 3, image_size, image_size, device=accelerator.device)
+def measure_speed(
+    accelerator: Accelerator, net: torch.nn.Module, image_size: int, batch_size: int = 16
+) -> tuple[float, float]:
+    """Return the seconds that a photo in memory takes in training and in evaluation, over all processes.
+
+    By one pass each of `batch_size` photos through a copy of `net`.
+    """
+    net = copy.deepcopy(net).to(accelerator.device, memory_format=MEMORY_FORMAT)
+    images = torch.zeros(batch_size, 3, image_size, image_size, device=accelerator.device)
     images, seconds = _laid_out(images), []
     for learn in (True, True, False):  # the first only warms up
         started = time.perf_counter()
@@ -184,8 +197,8 @@ def train_steps(
     average: AveragedModel | None = None,
     resting: Sequence[torch.nn.Module] = (),
     title: str = "",
-) -> Iterator[None]:
-    """Train over the rest of an epoch, yielding after every optimizer step.
+) -> Iterator[float]:
+    """Train over the rest of an epoch; after every optimizer step, yield the seconds it waited for photos.
 
     Each batch of `loader` is this process's share of one step. `totals` [3] (sums of loss, correct answers,
     photos) grows in place: measured on the augmented photos while the weights move, as in the chapter. The
@@ -197,7 +210,8 @@ def train_steps(
     bar = tqdm(desc=title, unit="img", leave=False, disable=_no_bar(accelerator))
     bar.total, unchecked = loader.batch_sampler.size, None
     bar.update(loader.batch_sampler.photos_skipped())
-    for batch, step_size in zip(loader, loader.batch_sampler.step_sizes(), strict=True):
+    batches = _timed(loader)
+    for (batch, waited), step_size in zip(batches, loader.batch_sampler.step_sizes(), strict=True):
         images = _laid_out(batch["pixel_values"].to(accelerator.device, non_blocking=True))
         labels = batch["labels"].to(accelerator.device, non_blocking=True)
         # DDP averages the gradients of the processes: times their number they are the sum over the whole
@@ -233,10 +247,21 @@ def train_steps(
             average.update_parameters(accelerator.unwrap_model(model))
         bar.update(step_size)
         _show(bar, totals)
-        yield
+        yield waited
     if unchecked:
         _require_finite(*unchecked)
     bar.close()
+
+
+def _timed(loader: torch.utils.data.DataLoader) -> Iterator[tuple[dict, float]]:
+    """Yield each batch with the seconds that it kept the loop waiting."""
+    batches = iter(loader)
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - started
 
 
 class NonFiniteLossError(UserError):

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from hotdog_hf import engine
 from hotdog_hf.data import FeatureDataset, PhotoDataset, eval_loader, eval_transform, manifest
-from hotdog_hf.files import cache_dir
+from hotdog_hf.machine import cache_dir
 
 # The oldest features are dropped beyond this.
 MAX_CACHE_BYTES = 2 * 2**30

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +9,6 @@ from pathlib import Path
 import safetensors
 
 from hotdog_hf.errors import UserError
-
-
-def cache_dir() -> Path:
-    """Return `~/.cache/hotdog_hf`, or the same below `XDG_CACHE_HOME`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotdog_hf"
 
 
 def write_json(path: Path, content: object) -> None:

@@ -143,22 +143,32 @@ def describe_epoch(row: dict, eval_split: str) -> str:
 def final_row(rows: list[dict], test_scores: dict, seconds: float) -> dict:
     """Return the last line of `metrics.jsonl`: the kept model's test scores, seconds, and training speed."""
     examples = sum(row["examples_per_second"] * row["train_seconds"] for row in rows)
+    trained, loading, evaluating = (
+        sum(row[name] for row in rows) for name in ("train_seconds", "loading_seconds", "evaluating_seconds")
+    )
     return {
         "final": True,
         "train_loss": rows[-1]["train_loss"],
         "train_accuracy": rows[-1]["train_accuracy"],
         **{f"test_{name}": value for name, value in test_scores.items()},
-        "examples_per_second": examples / sum(row["train_seconds"] for row in rows),
+        "examples_per_second": examples / trained,
+        "loading_seconds": loading,
+        "computing_seconds": trained - loading,
+        "evaluating_seconds": evaluating,
         "seconds": seconds,
     }
 
 
 def describe_final(final: dict, run_dir: Path, hardware: str) -> str:
-    """Return the chapter's closing lines and where the results are."""
+    """Return the chapter's closing lines, where the time went, and where the results are."""
+    share = final.get("share_of_limit")
+    limit = "" if share is None else f"; {share:.0%} of the speed on photos in memory"
     return (
         f"loss {final['train_loss']:.3f}, train acc {final['train_accuracy']:.3f}, "
         f"test acc {final['test_accuracy']:.3f}\n"
-        f"{final['examples_per_second']:.1f} examples/sec on {hardware}, {final['seconds']:.0f} s in all\n"
+        f"{final['examples_per_second']:.1f} examples/sec on {hardware}, {final['seconds']:.0f} s in all: "
+        f"{final['loading_seconds']:.0f} loading, {final['computing_seconds']:.0f} computing, "
+        f"{final['evaluating_seconds']:.0f} evaluating{limit}\n"
         f"model: {run_dir}/model   numbers: {run_dir}/metrics.jsonl"
         f"   pictures: {run_dir}/curves.png, {run_dir}/samples.png"
     )

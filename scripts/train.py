@@ -71,7 +71,9 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: StopSignal) -> Pa
     started, say, is_main = time.perf_counter(), accelerator.print, accelerator.is_main_process
     hardware = engine.describe_hardware(accelerator)
     set_seed(config.run.seed)
-    say(f"{hardware}, seed {config.run.seed}")
+    workers = config.data.num_workers
+    workers = engine.default_workers(accelerator) if workers is None else workers
+    say(f"{hardware}, {workers} loader processes, seed {config.run.seed}")
 
     # Photos. The test split chooses nothing: where there is a validation split, that alone judges the epochs.
     splits, skipped = photos.open_photos(config.data, config.run.seed, accelerator)
@@ -97,8 +99,6 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: StopSignal) -> Pa
         model.freeze_body(net)
 
     # Photos as tensors or, where a frozen body allows, as its features, on which a head can be solved.
-    workers = config.data.num_workers
-    workers = engine.default_workers(accelerator) if workers is None else workers
     accumulation = config.optim.gradient_accumulation_steps
     eval_batch = engine.pass_size(accelerator, config.optim.batch_size, accumulation)
     as_in_test = data.eval_transform(data_config)
@@ -187,7 +187,7 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: StopSignal) -> Pa
             progress.learning_rate = optimizer.param_groups[-1]["lr"]
         tick, every = time.perf_counter(), config.run.checkpoint_every
         try:
-            for _ in engine.train_steps(
+            for waited in engine.train_steps(
                 accelerator,
                 trained,
                 train_loader,
@@ -204,6 +204,7 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: StopSignal) -> Pa
                 progress.step += 1
                 progress.total_steps += 1
                 progress.seconds += -tick + (tick := time.perf_counter())
+                progress.waited += waited
                 stopped = engine.agree(accelerator, bool(stop.number))
                 if stopped or (every != "epoch" and progress.total_steps % every == 0):
                     save_checkpoint()
@@ -229,7 +230,9 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: StopSignal) -> Pa
         row = {"epoch": epoch, "learning_rate": progress.learning_rate}
         row |= engine.epoch_row(accelerator, totals, progress.seconds)
         judged = average.module if average and epoch > 0 else trained
+        tick = time.perf_counter()
         scores, *predicted = evaluate(judged, watched)
+        row |= {"loading_seconds": progress.waited, "evaluating_seconds": time.perf_counter() - tick}
         row |= {f"{watched}_{name}": value for name, value in scores.items()}
         say(run.describe_epoch(row, watched))
         engine.log(accelerator, run.numbers(row), step=epoch)
@@ -259,6 +262,10 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: StopSignal) -> Pa
             accelerator.unwrap_model(trained).load_state_dict(kept.state_dict())
         scores, *predicted = evaluate(trained, "test")
     final = run.final_row(progress.rows, scores, seconds=time.perf_counter() - started)
+    if not config.model.cache_features:
+        size = config.data.train_image_size or data_config["input_size"][-1]
+        limit, _ = engine.measure_speed(accelerator, net, size, min(eval_batch, 32))
+        final["share_of_limit"] = final["examples_per_second"] * limit
     if is_main:
         with files.writing_to(run_dir):
             run.write_metrics(run_dir, [*progress.rows, final])

@@ -10,8 +10,9 @@ import torch
 from conftest import TINY_MODEL
 from test_engine import TWO_PROCESSES
 from test_resume import assert_same_run, numbers_of, train_here
+from test_scripts import metrics_of
 
-from hotdog_hf import data, engine, features, files, model
+from hotdog_hf import data, engine, features, machine, model
 from hotdog_hf.errors import UserError
 
 
@@ -19,7 +20,7 @@ from hotdog_hf.errors import UserError
 def cache(monkeypatch, tmp_path):
     """The folder of cached features: a new and empty one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return files.cache_dir() / "features"
+    return machine.cache_dir() / "features"
 
 
 @pytest.fixture
@@ -204,10 +205,22 @@ def test_cached_features_change_no_number(frozen_run, tiny_weights, photos_dir, 
     assert_same_run(tmp_path / "run", frozen_run)
 
 
-def test_two_processes_train_on_features_as_one(frozen_run, train, photos_dir, tmp_path):
-    done = train(photos_dir, tmp_path / "run", "--recipe", "frozen", "--epochs", 3, launcher=TWO_PROCESSES)
+@pytest.mark.parametrize(
+    ("flags", "epochs"), [((), [1, 2, 3, None]), (("--head-init", "probe"), [0, 1, 2, 3, None])]
+)
+def test_two_processes_solve_and_train_on_features_as_one(
+    tiny_weights, train, photos_dir, tmp_path, flags, epochs
+):
+    flags = ("--recipe", "frozen", "--epochs", 3, *flags)
+    train_here(tiny_weights, photos_dir, tmp_path / "one", *flags)
+    own_cache = {"XDG_CACHE_HOME": str(tmp_path / "cache of two")}
+    done = train(photos_dir, tmp_path / "two", *flags, launcher=TWO_PROCESSES, **own_cache)
     assert done.returncode == 0, done.stderr
-    for row, expected in zip(numbers_of(tmp_path / "run"), numbers_of(frozen_run), strict=True):
+    assert [row.get("epoch") for row in metrics_of(tmp_path / "two")] == epochs
+    for row, expected in zip(numbers_of(tmp_path / "two"), numbers_of(tmp_path / "one"), strict=True):
         assert row.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_allclose(row[name], value, rtol=0, atol=1e-5, err_msg=name)
+    for *rows, _ in map(metrics_of, (tmp_path / "one", tmp_path / "two")):
+        photos = [row["examples_per_second"] * row["train_seconds"] for row in rows]
+        assert photos == pytest.approx([25] * len(rows))

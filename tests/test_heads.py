@@ -186,6 +186,7 @@ def test_the_same_seed_gives_the_same_probe():
     assert np.array_equal(weight, again[0]) and np.array_equal(bias, again[1])
 
 
+@pytest.mark.filterwarnings("error")  # scikit-learn's, of a fold without a class
 def test_a_probe_needs_two_photos_of_every_class():
     features, labels = features_of(3)
     few = np.r_[0:20, 20:40, 40:42]

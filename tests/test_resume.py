@@ -35,7 +35,8 @@ EVERY_STEP = ("--checkpoint-every", 1, "--resume", "auto")
 def numbers_of(run_dir):
     """The run's metrics without what depends on the clock."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "train_seconds", "examples_per_second")
+    clock = ("seconds", "train_seconds", "examples_per_second", "loading_seconds", "computing_seconds")
+    clock += ("evaluating_seconds", "share_of_limit")
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
 
