@@ -3,7 +3,9 @@
 A data folder is `train/<class>/*` and `test/<class>/*`, optionally `validation/` (`val`, `valid`).
 """
 
+import atexit
 import math
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Collection, Iterator
@@ -338,6 +340,13 @@ def _ignore_signals(_worker: int) -> None:
     """Leave Ctrl-C and its kind to the main process, which needs its workers to finish the step."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the loader processes left at exit: they ignore the signal by which Python would, and it waits."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _loader(dataset: PhotoDataset, num_workers: int, **batching: object) -> torch.utils.data.DataLoader:
