@@ -344,7 +344,8 @@ def _ignore_signals(_worker: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """End the loader processes left at exit: they ignore the signal by which Python would, and it waits."""
+    """End the loader processes that an error has left: they ignore the signal by which Python would."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end a fault
     for child in multiprocessing.active_children():
         child.kill()
 

@@ -70,11 +70,10 @@ def main(config: ReproduceConfig) -> None:
     import sys
     from pathlib import Path
 
-    from train import train
-
     from hotdog_hf import data, engine, files, model, photos, plots, study
     from hotdog_hf.config import DataConfig
     from hotdog_hf.run import StopSignal
+    from hotdog_hf.training import train
 
     study_dir = Path(config.output_dir)
     accelerator = engine.build_accelerator("auto", num_threads=config.num_threads)

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -22,7 +21,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_MODEL, run
 from test_engine import TWO_PROCESSES
 
-from hotdog_hf import checkpoint, data, engine
+from hotdog_hf import checkpoint, data, engine, training
 from hotdog_hf.config import parse_train_config
 from hotdog_hf.errors import UserError
 
@@ -53,13 +52,12 @@ class StopAfter:
 
 
 def train_here(weights, data_dir, run_dir, *flags, stop=None):
-    """Run the training of scripts/train.py as `train` does, but in this process, which costs no imports."""
+    """Train as the fixture `train` does, but in this process, which costs no imports."""
     words = ["--data-dir", data_dir, "--output-dir", run_dir, "--model", TINY_MODEL, "--weights", weights]
     words += ["--image-size", 64, "--batch-size", 8, *flags]
     config = parse_train_config([str(word) for word in words])
     accelerator = engine.build_accelerator(config.run.precision, num_threads=1)
-    script = runpy.run_path(str(ROOT / "scripts/train.py"))
-    finished = script["train"](config, accelerator, stop or SimpleNamespace(number=0))
+    finished = training.train(config, accelerator, stop or SimpleNamespace(number=0))
     assert finished == (None if stop else run_dir)
 
 
