@@ -369,16 +369,23 @@ def pooled_features(
     Raises `UserError` for a network whose answer is not its output layer of these.
     """
     net.eval()
-    head = net.get_classifier()
+    passed: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def features_of(images: torch.Tensor) -> torch.Tensor:
+        passed.clear()
         with accelerator.autocast():
-            features = net.forward_head(net.forward_features(images), pre_logits=True).float()
-            if not torch.allclose(head(features[:1]).float(), net(images[:1]).float(), rtol=0.01, atol=0.01):
-                raise UserError("this model does more than one linear layer to its features; choose another")
-        return features
+            answer = net(images)
+        if len(passed) != 1 or not torch.equal(passed[0][1], answer):
+            raise UserError("this model does more than one linear layer to its features; choose another")
+        return passed[0][0].float()
 
-    return _gather(accelerator, loader, features_of, title)
+    hook = net.get_classifier().register_forward_hook(
+        lambda _, inputs, output: passed.append((inputs[0], output))
+    )
+    try:
+        return _gather(accelerator, loader, features_of, title)
+    finally:
+        hook.remove()
 
 
 def _gather(
