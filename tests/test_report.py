@@ -440,7 +440,7 @@ def test_what_cannot_be_reported_leaves_nothing_behind(trained, tmp_path, script
     root, _ = trained
     for split in ("train", "test"):
         draw_photos(tmp_path / "other" / split, {"cat": 1, "not-hotdog": 1})
-    options = {"data_dir": root / "photos", "output_dir": tmp_path / "report"} | options
+    options = {"data_dir": str(root / "photos"), "output_dir": str(tmp_path / "report")} | options
     options = {
         name: str(tmp_path / "other") if value == "OTHER" else value for name, value in options.items()
     }
