@@ -8,7 +8,6 @@ DEMO_FLAGS := --data-dir data/sample --model tf_efficientnet_lite0 --weights bun
 	--batch-size 16 --epochs 6 --learning-rate 1e-4 --momentum 0.9 --schedule cosine
 
 MODEL := $(DEMO)/model
-DATA := data/hotdog
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo train reproduce report test style quality clean
@@ -31,10 +30,10 @@ train: install  ## the chapter: download the hot-dog photos, fine-tune ResNet-18
 	$(LAUNCH) scripts/train.py
 
 reproduce: install  ## the chapter's claim and exercises as one study; stops and goes on
-	$(LAUNCH) scripts/reproduce.py --data-dir $(DATA)
+	$(LAUNCH) scripts/reproduce.py $(if $(DATA),--data-dir $(DATA))
 
 report: install  ## judge a model: make report MODEL=runs/mine/model DATA=my/photos (default: the demo's)
-	$(PYTHON) scripts/report.py $(MODEL) --data-dir $(if $(filter file,$(origin DATA)),data/sample,$(DATA))
+	$(PYTHON) scripts/report.py $(MODEL) --data-dir $(or $(DATA),data/sample)
 
 test: install  ## run the tests, offline
 	$(PYTHON) -m pytest

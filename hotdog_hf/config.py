@@ -14,6 +14,8 @@ from typing import Literal
 
 import tyro
 
+# Values of --head-init that need the training photos' features, and are worth something before training.
+SOLVED_HEADS = ("probe", "class-vector")
 DEFAULT_DATA_DIR = "data/hotdog"
 SAMPLE_DATA_DIR = "data/sample"
 
@@ -262,10 +264,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         epochs = self.optim.epochs
         _require(
-            epochs >= 1 or self.model.head_init in ("probe", "class-vector"),
+            epochs >= 1 or self.model.head_init in SOLVED_HEADS,
             "--epochs",
             epochs,
-            "needs --head-init probe or class-vector",
+            f"needs --head-init {' or '.join(SOLVED_HEADS)}",
         )
         _require(
             self.data.augmentation == "none" or not self.model.cache_features,

@@ -20,10 +20,6 @@ PROBE_FOLDS = 5
 PROBE_STRENGTHS = tuple(10.0**power for power in np.arange(-4, 1.5, 0.5))
 
 
-# Ways to start that need the training photos' features, and are worth something before training.
-SOLVED = frozenset(["probe", "class-vector"])
-
-
 def solve(
     net: torch.nn.Module,
     head_init: str,

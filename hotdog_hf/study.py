@@ -18,6 +18,7 @@ from hotdog_hf.checkpoint import HARMLESS
 from hotdog_hf.config import RECIPES, TrainConfig, command_of, flatten, plain
 from hotdog_hf.data import FeatureDataset
 from hotdog_hf.files import write_json, write_text
+from hotdog_hf.metrics import quality
 from hotdog_hf.run import scores_of
 
 # The arms by name: the recipe, and what the table calls it.
@@ -106,11 +107,7 @@ class Result:
     def validation(self) -> dict:
         """Return the validation scores of the kept epoch: the best, or the last."""
         epochs = [scores_of(row, "validation") for row in self.rows[:-1]]
-        return max(epochs, key=_quality) if self.run.config.run.keep == "best" else epochs[-1]
-
-
-def _quality(scores: dict) -> tuple[float, float]:
-    return scores["accuracy"], -scores["loss"]
+        return max(epochs, key=quality) if self.run.config.run.keep == "best" else epochs[-1]
 
 
 def override(config: TrainConfig, **knobs: object) -> TrainConfig:
@@ -130,12 +127,14 @@ def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
     """
 
     def run(name: str, recipe: str, seed: int = 0, **knobs: object) -> Run:
-        # Training from scratch has no use for weights or a source class.
-        own = {"weights"} if recipe == "scratch" else set()
-        own |= set() if recipe == "class-vector" else {"source_class"}
-        own |= {"epochs"} if recipe == "probe" else set()
-        own |= set() if recipe == "best" else {"batch_norm"}
-        shared = {key: value for key, value in common.items() if key not in own}
+        # Knobs that are part of a recipe, or of no use to it.
+        kept_out = {
+            "weights": recipe == "scratch",
+            "source_class": recipe != "class-vector",
+            "epochs": recipe == "probe",
+            "batch_norm": recipe != "best",
+        }
+        shared = {key: value for key, value in common.items() if not kept_out.get(key)}
         return Run(experiment, name, seed, override(RECIPES[recipe], **shared | knobs, seed=seed))
 
     if experiment in ARMS:
@@ -170,7 +169,7 @@ def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
 def tuned(grid: list[Result], arm: str) -> Run:
     """Return the run on all of train with the rate and decay of the grid's best validation score."""
     candidates = [result for result in grid if f"grid-{arm}-" in result.run.name and not result.broke]
-    best = max(candidates, key=lambda result: _quality(result.validation)).run
+    best = max(candidates, key=lambda result: quality(result.validation)).run
     config = override(best.config, val_fraction=0.0)
     return Run("tuned", f"tuned-{arm}", best.seed, config)
 

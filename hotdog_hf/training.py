@@ -24,7 +24,7 @@ from hotdog_hf import (
     plots,
     run,
 )
-from hotdog_hf.config import TrainConfig, flatten, plain
+from hotdog_hf.config import SOLVED_HEADS, TrainConfig, flatten, plain
 from hotdog_hf.errors import UserError, message_of
 
 
@@ -65,7 +65,7 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
     eval_batch = engine.pass_size(accelerator, config.optim.batch_size, accumulation)
     as_in_test = data.eval_transform(data_config)
     sets = {split: data.PhotoDataset(splits[split], as_in_test, config.run.seed) for split in splits}
-    solved, seen = config.model.head_init in heads.SOLVED, {}
+    solved, seen = config.model.head_init in SOLVED_HEADS, {}
     for split in splits if config.model.cache_features else ["train"] if solved else []:
         place = (splits, split, config.data.data_dir, data_config)
         seen[split] = features.of_split(accelerator, net, *place, seed=config.run.seed, num_workers=workers)
@@ -198,7 +198,7 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
         row |= {f"{watched}_{name}": value for name, value in scores.items()}
         say(run.describe_epoch(row, watched))
         engine.log(accelerator, run.numbers(row), step=epoch)
-        quality = [scores["accuracy"], -scores["loss"]]
+        quality = metrics.quality(scores)
         improved = quality > progress.best
         progress = checkpoint.Progress(
             epoch=epoch + 1,
