@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import ctypes
 import gc
 import importlib.util
 import itertools
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +33,14 @@ MEMORY_FORMAT = torch.channels_last
 MAX_WORKERS = 8
 # On a CPU, one core in so many decodes; with fewer cores the loop decodes between the steps.
 CORES_A_WORKER = 16
+
+
+# glibc's own numbers for `mallopt`, from malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+class NonFiniteLossError(UserError):
+    """The loss, or an answer of the network, has become NaN or infinite."""
 
 
 def build_accelerator(
@@ -78,7 +88,20 @@ def build_accelerator(
         torch.use_deterministic_algorithms(True)
     if on_cpu:
         torch.set_num_threads(num_threads or _default_threads())
+        _keep_freed_memory()
     return accelerator
+
+
+def _keep_freed_memory() -> None:
+    """Let freed blocks be used again, where glibc gives large ones back to the system at once.
+
+    Every step would pay for their page faults again: without them a step of ResNet-18 takes 0.83 of the time,
+    with a third more memory at its peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _default_threads() -> int:
@@ -264,10 +287,6 @@ def _timed(loader: torch.utils.data.DataLoader) -> Iterator[tuple[dict, float]]:
         yield batch, time.perf_counter() - started
 
 
-class NonFiniteLossError(UserError):
-    """The loss has become NaN or infinite."""
-
-
 def _require_finite(
     loss: torch.Tensor, indices: torch.Tensor, dataset: torch.utils.data.Dataset, rates: list[float]
 ) -> None:
@@ -350,6 +369,7 @@ def predict(
     """Return probabilities [N, classes] and labels [N] of all N photos, in order, on every process.
 
     `loader` was prepared by the accelerator; the copies it makes to fill the last batch are dropped again.
+    Raises `NonFiniteLossError` for weights that give no number any more.
     """
     model.eval()
 
@@ -357,7 +377,13 @@ def predict(
         with accelerator.autocast():  # an average of the weights was never prepared
             return model(images).float().softmax(dim=1)
 
-    return _gather(accelerator, loader, probabilities_of, title)
+    probabilities, labels = _gather(accelerator, loader, probabilities_of, title)
+    if (broken := ~probabilities.isfinite().all(dim=1)).any():
+        first = loader.dataset.name_of(int(broken.nonzero()[0]))
+        raise NonFiniteLossError(
+            f"the network's answer became NaN, on {int(broken.sum())} photos: {first}, ..."
+        )
+    return probabilities, labels
 
 
 @torch.no_grad()

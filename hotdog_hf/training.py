@@ -1,6 +1,8 @@
 """One training run from photos to a saved, judged model. The loop lies open in `train`."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -138,9 +140,22 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
         state = (accelerator, trained, optimizer, schedule, average, progress, totals)
         checkpoint.save(run_dir, *state, keep=config.run.keep_checkpoints)
 
+    @contextlib.contextmanager
+    def telling_where() -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            # A photo that can't be read any more, a loss that isn't finite, a full disk.
+            if isinstance(error, images.UnreadableImageError) and accelerator.num_processes == 1:
+                save_checkpoint()
+            where = f"epoch {progress.epoch}, after {progress.step} steps"
+            last = checkpoint.latest(run_dir) or "none"
+            raise UserError(f"{where}: {message_of(error)}. Last good checkpoint: {last}") from error
+
     def evaluate(network: torch.nn.Module, split: str) -> tuple[dict, torch.Tensor, torch.Tensor]:
         engine.share_state(network)
-        probabilities, labels = engine.predict(accelerator, network, eval_loaders[split], title=split)
+        with telling_where():
+            probabilities, labels = engine.predict(accelerator, network, eval_loaders[split], title=split)
         return report.compute(predictions=probabilities, references=labels), probabilities, labels
 
     def train_epoch(epoch: int) -> bool:
@@ -148,7 +163,7 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
         if progress.step == 0:
             progress.learning_rate = optimizer.param_groups[-1]["lr"]
         tick, every = time.perf_counter(), config.run.checkpoint_every
-        try:
+        with telling_where():
             for waited in engine.train_steps(
                 accelerator,
                 trained,
@@ -173,12 +188,6 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
                 if stopped:
                     say(f"stopped in epoch {epoch}; go on with: {run.resume_command(run_dir)}")
                     return False
-        except UserError as error:
-            # A photo that can't be read any more, a loss that isn't finite, a full disk.
-            if isinstance(error, images.UnreadableImageError) and accelerator.num_processes == 1:
-                save_checkpoint()
-            where, last = f"epoch {epoch}, step {progress.step + 1}", checkpoint.latest(run_dir) or "none"
-            raise UserError(f"{where}: {message_of(error)}. Last good checkpoint: {last}") from error
         return True
 
     # Train. Each epoch is judged; of a solved head also the start, as epoch 0.

@@ -360,17 +360,27 @@ def test_a_loss_that_is_not_finite_stops_with_step_rates_and_photos(train, photo
     assert done.returncode == 2 and "Traceback" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert re.match(
-        r"error: epoch 1, step \d+: the loss became (nan|inf) at learning rates from 1e\+20 to", line
+        r"error: epoch 1, after \d+ steps: the loss became (nan|inf) at learning rates from 1e\+20 to", line
     )
     assert ".png" in line and "Last good checkpoint: none" in line
     assert checkpoint.latest(tmp_path / "run") is None
 
 
-def test_a_photo_that_becomes_unreadable_is_named_and_the_steps_before_are_kept(train, photos_dir, tmp_path):
+def test_weights_that_the_last_step_of_an_epoch_broke_stop_the_run_too(train, photos_dir, tmp_path):
+    done = train(photos_dir, tmp_path / "run", "--learning-rate", 1e30, "--batch-size", 1000, "--epochs", 1)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "epoch 1, after 1 steps: the network's answer became NaN, on" in done.stderr
+    assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_photo_that_becomes_unreadable_is_named_and_the_steps_before_are_kept(
+    train, photos_dir, tmp_path, split
+):
     folder = shutil.copytree(photos_dir, tmp_path / "photos")
     # Found good by the check, whose cache goes by size and time, and broken since.
     assert run("python", ROOT / "scripts/check_data.py", folder, cwd=tmp_path).returncode in (0, 1)
-    broken = folder / "train/hotdog/010.png"
+    broken = sorted((folder / split / "hotdog").iterdir())[-1]
     content, times = broken.read_bytes(), broken.stat()
     broken.write_bytes(b"x" * len(content))
     os.utime(broken, ns=(times.st_atime_ns, times.st_mtime_ns))
