@@ -10,7 +10,7 @@ DEMO_FLAGS := --data-dir data/sample --model tf_efficientnet_lite0 --weights bun
 MODEL := $(DEMO)/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train reproduce report test style quality clean
+.PHONY: help install demo train reproduce bench report test style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ train: install  ## the chapter: download the hot-dog photos, fine-tune ResNet-18
 
 reproduce: install  ## the chapter's claim and exercises as one study; stops and goes on
 	$(LAUNCH) scripts/reproduce.py $(if $(DATA),--data-dir $(DATA))
+
+bench: install  ## measure speed, memory and time to accuracy on this machine: make bench DATA=my/photos
+	$(PYTHON) scripts/benchmark.py $(if $(DATA),--data-dir $(DATA))
 
 report: install  ## judge a model: make report MODEL=runs/mine/model DATA=my/photos (default: the demo's)
 	$(PYTHON) scripts/report.py $(MODEL) --data-dir $(or $(DATA),data/sample)

@@ -209,20 +209,25 @@ def check_same_run(saved: dict, now: dict, anyway: bool) -> None:
         raise UserError(f"cannot resume: {'; '.join(differences)}. {way_out.capitalize()}")
 
 
+def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Return the tensors and the plain state of a checkpoint. Raises `UserError` where it cannot be read."""
+    try:
+        tensors = safetensors.torch.load_file(folder / "state.safetensors")
+        return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"the checkpoint {folder} cannot be read: {error}") from error
+
+
 def load(
-    folder: Path,
+    content: tuple[dict[str, torch.Tensor], dict],
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     average: torch.nn.Module | None = None,
 ) -> tuple[Progress, torch.Tensor]:
-    """Put everything back as it was at `folder`; return the progress and this process's totals [3]."""
-    try:
-        tensors = safetensors.torch.load_file(folder / "state.safetensors")
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"the checkpoint {folder} cannot be read: {error}") from error
+    """Put everything back as `read` found it; return the progress and this process's totals [3]."""
+    tensors, state = content
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "random": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")

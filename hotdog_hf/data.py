@@ -4,6 +4,8 @@ A data folder is `train/<class>/*` and `test/<class>/*`, optionally `validation/
 """
 
 import atexit
+import hashlib
+import json
 import math
 import multiprocessing
 import os
@@ -151,6 +153,12 @@ def manifest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> dict[
             status = Path(row["image"]["path"]).stat()
             entries[name] = [status.st_size, status.st_mtime_ns]
     return entries
+
+
+def digest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> str:
+    """Hash which photos there are, in which order, by their names and labels."""
+    facts = {split: [names_of(rows, data_dir), rows["label"][:]] for split, rows in photos.items()}
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def names_of(rows: datasets.Dataset, data_dir: str | os.PathLike) -> list[str]:

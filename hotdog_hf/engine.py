@@ -19,7 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's usual name)
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -334,6 +334,23 @@ def log(accelerator: Accelerator, row: dict, step: int) -> None:
 def pass_size(accelerator: Accelerator, batch_size: int, accumulation_steps: int) -> int:
     """Return how many photos of a batch one process takes through the network at once."""
     return math.ceil(batch_size / (accelerator.num_processes * accumulation_steps))
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], object]) -> object:
+    """Return on every process what `function` answers on the first, which alone may have the run's folder.
+
+    Its `UserError` is raised on every process, so that none waits for one that has ended.
+    """
+    answer = error = None
+    if accelerator.is_main_process:
+        try:
+            answer = function()
+        except UserError as raised:
+            error = str(raised)
+    answer, error = broadcast_object_list([answer, error])
+    if error is not None:
+        raise UserError(error)
+    return answer
 
 
 def agree(accelerator: Accelerator, flag: bool) -> bool:

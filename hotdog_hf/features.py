@@ -62,7 +62,7 @@ def pooled_features(
     if engine.agree(accelerator, features is None):
         loader = eval_loader(photo_set, batch_size, num_workers=num_workers)
         features, _ = engine.pooled_features(accelerator, net, accelerator.prepare(loader), title)
-        if accelerator.is_main_process:
+        if accelerator.is_local_main_process:
             _write(file, features)
     return FeatureDataset(photo_set, features)
 

@@ -116,10 +116,9 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
         "num_processes": accelerator.num_processes,
         "photos": data.manifest(splits, config.data.data_dir),
     }
-    run_dir = config.run.output_dir or run.default_run_dir(config.recipe)
-    if found := checkpoint.find(config.run.resume, config.run.output_dir):
-        run_dir = checkpoint.run_dir_of(found)
-        checkpoint.check_same_run(run.read_identity(run_dir), identity, config.run.resume_anyway)
+    found = engine.on_main(accelerator, lambda: _checkpoint_to_go_on_from(config, identity))
+    run_dir = checkpoint.run_dir_of(found) if found else config.run.output_dir
+    run_dir = run_dir or run.default_run_dir(config.recipe)
     if is_main:
         run_dir, _lock = run.open_run_dir(run_dir, resume=config.run.resume is not None)
         with files.writing_to(run_dir):
@@ -132,7 +131,8 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
     progress = checkpoint.Progress(epoch=0 if solved else 1)
     totals = torch.zeros(3, device=accelerator.device)
     if found:
-        progress, totals = checkpoint.load(found, accelerator, trained, optimizer, schedule, average)
+        content = engine.on_main(accelerator, lambda: checkpoint.read(found))
+        progress, totals = checkpoint.load(content, accelerator, trained, optimizer, schedule, average)
         say(f"resumed from {found}: epoch {progress.epoch}, step {progress.step}")
     report = metrics.ClassificationReport(label_names, positive_label)
 
@@ -255,3 +255,11 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
             )
     say(run.describe_final(final, run_dir, hardware))
     return run_dir
+
+
+def _checkpoint_to_go_on_from(config: TrainConfig, identity: dict) -> Path | None:
+    found = checkpoint.find(config.run.resume, config.run.output_dir)
+    if found:
+        before = run.read_identity(checkpoint.run_dir_of(found))
+        checkpoint.check_same_run(before, identity, config.run.resume_anyway)
+    return found

@@ -61,7 +61,7 @@ def main(config: ReportConfig) -> None:
     folder = report.check_output_dir(config.output_dir)
     # In float32, as scripts/predict.py and every other loader of the folder compute.
     accelerator = engine.build_accelerator("no")
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         net = hub.load_model(config.model)
     splits, _ = photos.open_photos(config.photos(), config.seed, accelerator)
     if config.split not in splits:

@@ -37,8 +37,8 @@ def targets():
 def test_make_targets_exist_and_run_in_the_gate_or_have_a_command_below(command):
     name = command.split()[1]
     assert name in targets()
-    # install runs before each of the others; train needs a network, and style changes files.
-    assert f"make {name}" in GATE or name in ("install", "train", "style")
+    # install runs before each of the others; train needs a network, style changes files, bench takes an hour.
+    assert f"make {name}" in GATE or name in ("install", "train", "style", "bench")
 
 
 def tiny(words, photos_dir, tiny_weights, run_dir):
@@ -82,6 +82,16 @@ def test_study_commands_are_understood(command, monkeypatch):
     assert set(config.only.split(",")) <= set(reproduce.EXPERIMENTS)
 
 
+BENCH_COMMANDS = [line for line in commands() if "scripts/benchmark.py" in line]
+
+
+@pytest.mark.parametrize("command", BENCH_COMMANDS)
+def test_benchmark_commands_are_understood(command, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    benchmark = importlib.import_module("benchmark")
+    assert tyro.cli(benchmark.BenchmarkConfig, args=shlex.split(command)[2:])
+
+
 OTHER_COMMANDS = [
     line
     for line in commands()
@@ -104,7 +114,7 @@ def test_the_other_commands_work_one_after_the_other(photos_dir, tmp_path):
 
 
 def test_no_command_is_left_out():
-    checked = {*TRAIN_COMMANDS, *STUDY_COMMANDS, *OTHER_COMMANDS}
+    checked = {*TRAIN_COMMANDS, *STUDY_COMMANDS, *BENCH_COMMANDS, *OTHER_COMMANDS}
     others = [line for line in commands() if line not in checked]
     assert all(line.startswith("make ") or line == "python scripts/train.py --help" for line in others)
     assert len(TRAIN_COMMANDS) >= 5 and len(OTHER_COMMANDS) >= 7

@@ -441,7 +441,7 @@ def test_the_random_state_comes_back(tmp_path):
     net(torch.randn(2, 3, 32, 32)).sum().backward()
     optimizer.step()
     schedule.step()
-    progress, totals = checkpoint.load(folder, *parts)
+    progress, totals = checkpoint.load(checkpoint.read(folder), *parts)
     assert (random.random(), np.random.rand(), torch.rand(1), optimizer.param_groups[0]["lr"]) == expected
     assert progress.total_steps == 1 and totals.tolist() == [1, 1, 1]
     restored = optimizer.state_dict()["state"][0]

@@ -1,0 +1,138 @@
+"""Measure on this machine: speed, time to accuracy, memory, start-up, against a plain loop and other tools.
+
+python scripts/benchmark.py                                         # the drawn sample, offline: an hour or so
+python scripts/benchmark.py --data-dir my/photos --model resnet18 --weights my.safetensors
+python scripts/benchmark.py --only startup prediction --repeats 5   # these again; the other sections stay
+python scripts/benchmark.py --photos 20 --repeats 1 --epochs 1      # minutes, to see that all of it works
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from hotdog_hf.config import RECIPES, SAMPLE_DATA_DIR
+from hotdog_hf.errors import UserError, exit_on_user_error
+
+Section = Literal[
+    "startup", "prediction", "profile", "memory", "frozen", "exact", "training", "processes", "accuracy"
+]
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Measure everything on this machine, and write README.md, results.json and pictures.
+
+    What is compared takes turns, each in a process of its own. Keep the machine free of other work.
+    """
+
+    # Folder with train/<class>/* and test/<class>/*. The default is drawn where it is absent.
+    data_dir: str = SAMPLE_DATA_DIR
+    # Any timm model name, and its weights, as for scripts/train.py.
+    model: str = "tf_efficientnet_lite0"
+    # "auto", "bundled", "none", or a .safetensors/.pth file.
+    weights: str = "bundled"
+    # Side of the square input in pixels. Unset: the model's own.
+    image_size: int | None = None
+    # Photos to take of each class and split at most. Unset: all.
+    photos: int | None = None
+    # Photos per optimizer step. Unset: each recipe's own, which is 128 for the chapter's.
+    batch_size: int | None = None
+    # Epochs of each training whose speed is measured.
+    epochs: int = 2
+    # How often each thing is measured, in turns; the seeds are 0, 1, ...
+    repeats: int = 3
+    # Sections to measure. The others stay as they are, if measured on the same machine with the same knobs.
+    only: tuple[Section, ...] = (
+        "startup",
+        "prediction",
+        "profile",
+        "memory",
+        "frozen",
+        "exact",
+        "training",
+        "processes",
+        "accuracy",
+    )
+    # Recipes of the section "accuracy"; "chapter" says which accuracy is to be reached.
+    recipes: tuple[str, ...] = ("chapter", "frozen", "probe", "best")
+    # Threads on a CPU, for ours and the others alike. Unset: all cores.
+    num_threads: int | None = None
+    # Where the report goes.
+    output_dir: str = "runs/bench"
+
+    def __post_init__(self) -> None:
+        for flag, value in (("epochs", self.epochs), ("repeats", self.repeats)):
+            if value < 1:
+                raise ValueError(f"--{flag} must be at least 1, got {value}")
+        for flag in ("photos", "batch_size", "num_threads"):
+            value, least = getattr(self, flag), 2 if flag == "photos" else 1
+            if value is not None and value < least:
+                raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
+        if wrong := sorted(set(self.recipes) - set(RECIPES)):
+            raise ValueError(f"--recipes {wrong[0]!r} is none of {', '.join(RECIPES)}")
+        if "accuracy" in self.only and "chapter" not in self.recipes:
+            raise ValueError("--recipes must have chapter among them, which says what is to be reached")
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Prepare, measure in turns, and write after every section what is there."""
+    # Imported here so that --help and a mistyped flag answer at once.
+    import dataclasses
+    import datetime
+    import os
+    import shlex
+    import sys
+    import tempfile
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from hotdog_hf import bench, bench_report, files
+
+    folder, root = Path(config.output_dir), Path(os.path.relpath(Path(__file__).parent.parent))
+    given = dataclasses.asdict(config)
+    chosen = given.pop("only")
+    only = [name for name in bench.SECTIONS if name in chosen]
+    repeats, _ = given.pop("repeats"), given.pop("output_dir")
+    load = os.getloadavg()[0]
+    if load > bench_report.QUIET_LOAD:
+        print(f"warning: the load average is {load:.2f}: other work on this machine spoils the numbers")
+    with files.writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix="work-", dir=folder, ignore_cleanup_errors=True)
+
+    failed, stopped = [], False
+    with scratch as work:
+        print("preparing photos, weights and a saved model", flush=True)
+        setup, machine = bench.prepare(Path(work), root, **given)
+        facts = given | {"machine": machine, "train": setup.train, "test": setup.test}
+        results = bench.Results(folder / "results.json", facts | {"image_size": setup.image_size}, only)
+        by = {"by": shlex.join(["python", *sys.argv]), "commit": bench.commit_of(root), "load": load}
+        plan = bench.plan(setup, only, repeats)
+        try:
+            bar = tqdm(total=sum(map(len, plan.values())), unit="measurement", disable=None)
+            for section, turns in plan.items():
+                for variant, number in turns:
+                    bar.write(f"{section} {number + 1}/{repeats}: {variant.name}")
+                    numbers = bench.measure(setup, variant, number)
+                    at = datetime.datetime.now().isoformat(timespec="seconds")
+                    results.add(variant, number, by | {"at": at}, numbers)
+                    bar.update()
+                    if "error" in numbers:
+                        failed.append(f"{section}, {variant.name}: {numbers['error']}")
+                        bar.write(f"failed: {failed[-1]}")
+                bench_report.write_report(folder, results.content)
+        except KeyboardInterrupt:
+            stopped = True
+    print(bench_report.write_report(folder, results.content))
+    print(f"report: {folder / 'README.md'}")
+    if failed:
+        raise UserError(f"{len(failed)} measurements failed, first {failed[0]}")
+    if stopped:
+        raise SystemExit(130)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(tyro.cli(BenchmarkConfig))

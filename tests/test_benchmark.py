@@ -1,0 +1,367 @@
+import argparse
+import importlib.util
+import json
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT, TINY_MODEL, run
+from PIL import Image
+
+from hotdog_hf import bench, bench_report, bench_tasks, data, hub, model
+
+CLASSES = ["hotdog", "not-hotdog"]
+
+
+@pytest.fixture
+def network(tiny_weights):
+    knobs = {"name": TINY_MODEL, "weights": str(tiny_weights), "image_size": 64}
+    return knobs | {"num_threads": 1, "precision": "no"}
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory, tiny_weights, photos_dir):
+    """A model that says one class of half the test photos and the other of the rest."""
+    source = model.load_source(TINY_MODEL, str(tiny_weights), 64)
+    net = model.replace_head(source, CLASSES, model.source_data_config(source, "chapter", 64)).eval()
+    test_set = data.PhotoDataset(
+        data.load_photos(photos_dir)["test"], data.eval_transform(model.data_config_of(net))
+    )
+    with torch.no_grad():
+        logits = net(torch.stack([photo["pixel_values"] for photo in test_set]))
+        lower, upper = (logits[:, 0] - logits[:, 1]).sort().values[5:7]
+        net.get_classifier().bias[0] -= (lower + upper) / 2
+    return hub.save_model(net, tmp_path_factory.mktemp("bench") / "model")
+
+
+# What is measured, in this process.
+
+
+def test_the_limit_steps_over_as_many_photos_as_an_epoch(network, monkeypatch):
+    seen = {True: [], False: []}
+    step = timm.models.resnet.ResNet.forward
+
+    def counted(self, images):
+        seen[self.training].append(len(images))
+        return step(self, images)
+
+    monkeypatch.setattr(timm.models.resnet.ResNet, "forward", counted)
+    found = bench_tasks.limit(train=11, test=5, batch_size=4, epochs=2, classes=CLASSES, **network)
+    assert len(found["epoch_seconds"]) == 2 and min(found["epoch_seconds"]) > 0
+    # The first step of four photos warms up, in the mode of a model just loaded.
+    assert sum(map(sum, seen.values())) == 4 + 2 * (11 + 5) and seen[False][-2:] == [4, 1]
+
+
+def test_memory_is_that_of_a_folder_as_large_as_it_is(network, photos_dir):
+    found = bench_tasks.memory(data_dir=str(photos_dir), batch_size=8, steps=2, **network)
+    assert found["photos"] == 36
+    before = found["peak_bytes"]
+    block = np.ones(300 * 2**20, np.uint8)
+    assert bench_tasks.peak_memory() > max(before, block.nbytes)
+
+
+def test_the_profile_counts_every_moment_once(network, photos_dir):
+    found = bench_tasks.profile(data_dir=str(photos_dir), batch_size=8, num_workers=0, **network)
+    assert set(found["seconds_by"]) == set(bench_report.ACTIVITIES)
+    assert min(found["seconds_by"].values()) > 0
+    assert any("convolution" in operator["name"] for operator in found["operators"])
+    assert sum(operator["share"] for operator in found["operators"]) <= 1
+
+
+def test_a_stopwatch_gives_each_moment_to_the_innermost_name(monkeypatch):
+    now = iter([0, 1, 3, 6, 10, 20, 25, 35, 36])
+    monkeypatch.setattr(bench_tasks.time, "perf_counter", lambda: next(now))
+    watch = bench_tasks.Stopwatch(lambda: None)
+    with watch("waiting"), watch("decode"):  # from 1 to 10, and within it from 3 to 6
+        pass
+    with watch("evaluation"), watch("decode"):  # from 20 to 36, with all that is in it
+        pass
+    assert watch.seconds == {"other": 1 + 10, "waiting": 2 + 4, "decode": 3, "evaluation": 16}
+
+
+@pytest.mark.parametrize("how", ["ours", "timm", "transformers"])
+def test_every_way_of_predicting_says_the_same(how, saved_model, photos_dir):
+    folder = str(photos_dir / "test")
+    knobs = {"model_dir": str(saved_model), "data_dir": folder, "batch_size": 4, "num_threads": 1}
+    found = bench_tasks.predict(how=how, **knobs)
+    assert found["images"] == 11 and found["seconds"] > 0
+    predictor = bench_tasks.inference.load_predictor(saved_model)
+    answers = bench_tasks.inference.predict_paths(predictor, [folder], np.argmax)
+    assert found["labels"] == [answer.label for answer in answers]
+    assert set(found["labels"]) == set(CLASSES)
+
+
+def plain_loop(capsys, photos_dir, tiny_weights, **knobs):
+    """Return the rows that scripts/plain_loop.py prints."""
+    spec = importlib.util.spec_from_file_location("plain_loop", ROOT / "scripts/plain_loop.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    defaults = {
+        "data_dir": photos_dir,
+        "weights": tiny_weights,
+        "model": TINY_MODEL,
+        "epochs": 2,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "image_size": 64,
+        "num_workers": 0,
+        "num_threads": 1,
+        "seed": 0,
+        "channels_last": False,
+        "freeze_body": False,
+        "no_augment": True,
+    }
+    script.main(argparse.Namespace(**defaults | knobs))
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_plain_loop_learns_and_channels_last_changes_its_speed_alone(capsys, photos_dir, tiny_weights):
+    rows = plain_loop(capsys, photos_dir, tiny_weights, epochs=6)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] and rows[-1]["test_accuracy"] >= 0.8
+    other = plain_loop(capsys, photos_dir, tiny_weights, epochs=2, channels_last=True)
+    losses = [[row["train_loss"] for row in those[:2]] for those in (rows, other)]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+def test_the_plain_frozen_loop_moves_the_head_alone(capsys, photos_dir, tiny_weights, monkeypatch):
+    nets, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: nets.append(create(*a, **k)) or nets[-1])
+    rows = plain_loop(capsys, photos_dir, tiny_weights, freeze_body=True)
+    assert rows[1]["train_loss"] != rows[0]["train_loss"]
+    source = create(TINY_MODEL, pretrained=True, pretrained_cfg_overlay={"file": tiny_weights}).state_dict()
+    for name, value in nets[0].state_dict().items():
+        assert name.startswith("fc") or value.equal(source[name]), name
+    assert {name for name, value in nets[0].named_parameters() if value.grad is not None} == {
+        "fc.weight",
+        "fc.bias",
+    }
+
+
+# How it is measured.
+
+
+def python(code, folder, **knobs):
+    return bench.run_process([sys.executable, "-c", code], folder, **knobs)
+
+
+def test_a_process_is_timed_by_what_it_writes(tmp_path):
+    code = "import time; print('{\"row\": 1}'); time.sleep(0.5); print('no row'); print('{\"row\": 2}')"
+    ended = python(code, tmp_path)
+    (first, one), (second, two) = ended.rows
+    assert (one, two) == ({"row": 1}, {"row": 2}) and 0.4 < second - first < 1.5 and second <= ended.seconds
+    assert ended.command.startswith("python -c ")
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    code = "import sys; sys.exit('error: no such thing')"
+    with pytest.raises(bench.MeasurementError, match="ended with 1: error: no such thing"):
+        python(code, tmp_path)
+
+
+def test_a_process_is_stopped_when_it_has_come_far_enough(tmp_path):
+    mark = tmp_path / "mark"
+    code = f"import pathlib, time; pathlib.Path({str(mark)!r}).touch(); time.sleep(60)"
+    ended = python(code, tmp_path, until=mark.exists)
+    assert 0 < ended.until_seconds <= ended.seconds < 30
+    with pytest.raises(bench.MeasurementError):
+        python("pass", tmp_path, until=(tmp_path / "never").exists)
+
+
+def test_a_silent_process_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SILENT_SECONDS", 0.2)
+    with pytest.raises(bench.MeasurementError, match="silent"):
+        python("import time; time.sleep(60)", tmp_path)
+
+
+def test_variants_take_turns(monkeypatch):
+    variants = [bench.Variant("s", name, None, once=name == "c") for name in "abc"]
+    monkeypatch.setattr(bench, "SECTIONS", {"s": lambda setup: variants, "t": lambda setup: []})
+    turns = bench.plan(None, ["s", "t"], 2)
+    said = [(variant.name, number) for variant, number in turns["s"]]
+    assert said == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("b", 1)] and turns["t"] == []
+
+
+def setup_of(photos_dir, tiny_weights, work, **knobs):
+    defaults = {
+        "root": ROOT,
+        "work": work,
+        "photos": photos_dir,
+        "train": 25,
+        "test": 11,
+        "classes": tuple(CLASSES),
+        "model": TINY_MODEL,
+        "weights": tiny_weights,
+        "image_size": 64,
+        "saved_model": work / "model",
+        "onnx": work / "model.onnx",
+        "batch_size": 8,
+        "epochs": 2,
+        "recipes": ("chapter", "probe", "best"),
+        "threads": 1,
+        "workers": 1,
+        "gpus": 0,
+    }
+    return bench.Setup(**defaults | knobs)
+
+
+def test_every_target_speaks_of_something_that_is_measured(photos_dir, tiny_weights, tmp_path):
+    setup = setup_of(photos_dir, tiny_weights, tmp_path, threads=2)
+    assert bench.SECTIONS.keys() == bench_report.TITLES.keys()
+    rows = []
+    for name, section in bench.SECTIONS.items():
+        numbers = {"value": 1.0, "curve": [[1.0, 0.5]], "test_accuracy": 0.5, "metrics": {"loss": 0.5}}
+        rows += [
+            {"section": name, "variant": variant.name, "round": 0} | numbers for variant in section(setup)
+        ]
+    measured = bench_report.Measured(rows)
+    assert len(bench_report.targets(measured)) == 10
+    assert all(
+        bench_report.baseline_of(measured, name) in [None, *measured.variants(name)]
+        for name in bench.SECTIONS
+    )
+
+
+@pytest.mark.parametrize(("gpus", "threads", "count"), [(0, 1, 0), (0, 2, 2), (1, 16, 0), (2, 16, 2)])
+def test_two_processes_need_two_cores_or_two_gpus(gpus, threads, count, photos_dir, tiny_weights, tmp_path):
+    setup = setup_of(photos_dir, tiny_weights, tmp_path, threads=threads, gpus=gpus)
+    assert len(bench.processes(setup)) == count
+
+
+def test_links_repeat_every_photo(photos_dir, tmp_path):
+    files = {
+        split: {name: sorted(map(str, (photos_dir / split / name).iterdir())) for name in CLASSES}
+        for split in ("train", "test")
+    }
+    folder = bench.link_photos(files, tmp_path / "many", 3)
+    links = sorted((folder / "test/hotdog").iterdir())
+    assert len(links) == 18 and len({link.resolve() for link in links}) == 6
+    assert links[0].name == "00000-000.png" and links[0].read_bytes()
+
+
+def test_results_keep_other_sections_of_the_same_machine_and_knobs(tmp_path):
+    file = tmp_path / "results.json"
+    results = bench.Results(file, {"knobs": (1, 2)}, ["a", "b"])
+    for section in "ab":
+        results.add(bench.Variant(section, "ours", None), 0, {"by": "me"}, {"value": 1.0})
+    assert [row["section"] for row in json.loads(file.read_text())["measurements"]] == ["a", "b"]
+    again = bench.Results(file, {"knobs": (1, 2)}, ["b"])
+    assert [row["section"] for row in again.content["measurements"]] == ["a"]
+    assert bench.Results(file, {"knobs": (1, 3)}, ["b"]).content["measurements"] == []
+
+
+# What the numbers say.
+
+
+def rows_of(section, **values):
+    return [
+        {"section": section, "variant": name.replace("_", " "), "round": number, "value": value}
+        for name, those in values.items()
+        for number, value in enumerate(those)
+    ]
+
+
+def test_ratios_are_taken_round_by_round():
+    measured = bench_report.Measured(rows_of("training", ours=[10, 40, 30], plain_loop=[5, 10, 30]))
+    ratio = measured.ratio("training", "ours", "plain loop")
+    assert (ratio.median, ratio.low, ratio.high, ratio.count) == (2, 1, 4, 3)
+    assert ratio.scaled(bench_report.digits) == "2.00 (1.00 to 4.00)"
+    [target] = bench_report.targets(measured)
+    assert target.met and target.bound == 1.3
+    slower = bench_report.Measured(rows_of("training", ours=[10], plain_loop=[9]))
+    assert not bench_report.targets(slower)[0].met
+
+
+def curve(variant, number, *points):
+    row = {"section": "accuracy", "variant": variant, "round": number, "curve": points}
+    return row | {"test_accuracy": points[-1][1]}
+
+
+def test_the_accuracy_to_reach_is_the_chapters_own_of_the_same_round():
+    measured = bench_report.Measured(
+        [
+            curve("chapter", 0, [100, 0.5], [200, 0.9], [300, 0.8]),
+            curve("chapter", 1, [100, 0.5], [300, 0.9]),
+            curve("probe", 0, [10, 0.85]),
+            curve("probe", 1, [10, 0.85]),
+        ]
+    )
+    assert measured.values("accuracy", "chapter") == {0: 200, 1: 300}
+    assert measured.values("accuracy", "probe") == {0: 10}, "in round 1 it stays below 0.9"
+    [target] = bench_report.targets(measured)
+    assert target.found.median == 20 and not target.met
+
+
+def test_metrics_that_differ_are_found():
+    def row(variant, **metrics):
+        return {"section": "exact", "variant": variant, "round": 0, "value": 0, "metrics": metrics}
+
+    same = [
+        row("chapter, 0", loss=0.5, matrix=[[1, 2], [3, 4]]),
+        row("chapter, 2", loss=0.5, matrix=[[1, 2], [3, 4]]),
+    ]
+    other = [*same[:1], row("chapter, 2", loss=0.5, matrix=[[1, 2], [4, 3]])]
+    assert bench_report.greatest_difference(bench_report.Measured(same), "chapter") == 0
+    assert bench_report.greatest_difference(bench_report.Measured(other), "chapter") == 1
+    assert bench_report.greatest_difference(bench_report.Measured(same[:1]), "chapter") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0.00"), (0.0123, "0.0123"), (12.34, "12.3"), (123.4, "123"), (12345.6, "12,346")]
+)
+def test_numbers_have_three_digits(value, text):
+    assert bench_report.digits(value) == text
+
+
+# All of it, as a user runs it.
+
+
+@pytest.fixture(scope="module")
+def flags(photos_dir, tiny_weights):
+    return (
+        *("--data-dir", photos_dir, "--model", TINY_MODEL, "--weights", tiny_weights, "--image-size", 64),
+        *("--batch-size", 8, "--num-threads", 1, "--photos", 6, "--epochs", 1),
+    )
+
+
+def test_the_benchmark_leaves_numbers_a_page_and_pictures(flags, tmp_path):
+    out = tmp_path / "bench"
+    words = ("python", ROOT / "scripts/benchmark.py", *flags, "--output-dir", out, "--repeats", 1)
+    done = run(*words, "--only", "startup", "frozen")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in out.iterdir()} == {"README.md", "results.json", "startup.png", "frozen.png"}
+    assert min(Image.open(out / "startup.png").size) > 100
+    page = (out / "README.md").read_text()
+    scripts = {path.name for path in (ROOT / "scripts").glob("*.py")}
+    for text in ("12 to train and 11 to test", "| plain frozen loop |", "train.py, first step of 8 photos"):
+        assert text in page
+    assert scripts <= {row.split()[1] for row in page.splitlines() if "--help |" in row}
+    assert "frozen body, epochs after the first: plain / ours" in done.stdout and "Failed" not in page
+    results = json.loads((out / "results.json").read_text())
+    assert all(row["value"] > 0 for row in results["measurements"])
+
+
+def test_our_training_is_timed_from_its_first_step(photos_dir, tiny_weights, tmp_path):
+    setup = setup_of(photos_dir, tiny_weights, tmp_path)
+    ours = next(variant for variant in bench.training(setup) if variant.name == "ours")
+    numbers = bench.measure(setup, ours, 0)
+    first, second = numbers["epoch_seconds"]
+    assert min(first, second) > 0 and first + second < numbers["seconds_in_all"]
+    assert numbers["value"] == pytest.approx(50 / (first + second))
+    assert 0 <= numbers["test_accuracy"] <= 1 and not list(tmp_path.glob("training*"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--data-dir", "no/such/folder"), "error: no such data folder: no/such/folder"),
+        (("--data-dir", "hf://datasets/a/b"), "error: the benchmark compares with loops that read folders"),
+        (("--repeats", 0), "--repeats must be at least 1, got 0"),
+        (("--recipes", "probe"), "--recipes must have chapter among them"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(wrong, message, tmp_path):
+    done = run("python", ROOT / "scripts/benchmark.py", "--output-dir", tmp_path / "bench", *wrong)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 2 and message in printed and "Traceback" not in printed, printed

@@ -1,0 +1,265 @@
+"""The launcher's files: each is read as accelerate reads it, and what a CPU can run is run."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.dataclasses import DistributedType
+from conftest import ROOT, TINY_MODEL
+from test_scripts import metrics_of
+
+from hotdog_hf import checkpoint
+
+CONFIGS = ROOT / "configs"
+LAUNCH = ("accelerate", "launch", "--config_file")
+FILES = sorted(CONFIGS.glob("*.yaml"))
+
+
+def launch_args(*flags):
+    """Return what `accelerate launch` makes of a command line, as far as to start processes."""
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*flags, "scripts/train.py"]))
+    return args
+
+
+@pytest.mark.parametrize("path", [*FILES, ROOT / "accelerate_config.yaml"], ids=lambda path: path.stem)
+def test_accelerate_reads_every_file(path):
+    config = load_config_from_file(str(path))  # refuses keys that it does not know
+    assert isinstance(config, ClusterConfig) and config.mixed_precision == "no"
+    several = config.num_processes != 1 or path.stem == "accelerate_config"
+    assert (config.distributed_type == DistributedType.MULTI_GPU) is several
+    # Two runs on one machine must not meet on a port; two machines must.
+    assert config.main_process_port == (29500 if config.num_machines > 1 else 0 if several else None)
+
+
+def test_every_file_shows_how_it_is_used():
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert f"accelerate launch --config_file configs/{path.name}" in text, path
+
+
+def test_cpu_hides_the_gpus_and_one_gpu_takes_the_first():
+    assert launch_args("--config_file", str(CONFIGS / "cpu.yaml")).gpu_ids == "-1,-1"
+    assert launch_args("--config_file", str(CONFIGS / "one_gpu.yaml")).gpu_ids == "0"
+
+
+@pytest.mark.parametrize("name", ["multi_gpu", "two_nodes"])
+def test_a_number_of_processes_that_depends_on_the_machine_has_to_be_given(name):
+    flags = ("--config_file", str(CONFIGS / f"{name}.yaml"))
+    with pytest.raises(ValueError, match="manually pass in `--num_processes`"):
+        launch_args(*flags)
+    args = launch_args(*flags, "--num_processes", "4")
+    assert (args.num_processes, args.multi_gpu, args.num_machines) == (4, True, 1 + (name == "two_nodes"))
+
+
+def launch(cwd, photos_dir, tiny_weights, *launcher, train_flags=()):
+    """Start a training on a tiny model in a working folder, as a user would."""
+    # BatchNorm statistics of the source: by the batch they would depend on how many processes share it.
+    words = [
+        *launcher, ROOT / "scripts/train.py", "--data-dir", photos_dir,
+        "--model", TINY_MODEL, "--weights", tiny_weights, "--batch-norm", "source", "--image-size", 64,
+        "--batch-size", 8, "--num-threads", 1, "--epochs", 2, "--output-dir", "runs/it", *train_flags,
+    ]  # fmt: skip
+    cwd.mkdir(exist_ok=True)
+    with (cwd.parent / f"{cwd.name}.log").open("w") as log:
+        return subprocess.Popen([str(word) for word in words], cwd=cwd, stdout=log, stderr=log)
+
+
+def wait(*processes, seconds=120):
+    """Wait until all have ended well; where one fails, end the others, which would wait for it."""
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        if any(process.poll() for process in processes):
+            break
+        time.sleep(0.05)
+    # A launcher whose partner has gone waits for it for minutes.
+    for process in processes:
+        if process.poll() is None:
+            kill(family(process))
+    return [process.wait() for process in processes]
+
+
+def family(process):
+    """Return a process and all that it started."""
+    parent = psutil.Process(process.pid)
+    return [*parent.children(recursive=True), parent]
+
+
+def kill(processes):
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def assert_same_numbers(rows, expected):
+    assert len(rows) == len(expected) > 0
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        for name in (name for name in row if not re.search("second|share_of_limit", name)):
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, photos_dir, tiny_weights):
+    """The metrics of three epochs of a single process."""
+    cwd = tmp_path_factory.mktemp("alone") / "work"
+    assert wait(launch(cwd, photos_dir, tiny_weights, sys.executable, train_flags=("--epochs", 3))) == [0]
+    return metrics_of(cwd / "runs/it")
+
+
+def test_two_cpu_processes_compute_as_one(alone, tmp_path, photos_dir, tiny_weights):
+    cwd = tmp_path / "work"
+    process = launch(cwd, photos_dir, tiny_weights, *LAUNCH, CONFIGS / "cpu.yaml")
+    assert wait(process) == [0], (tmp_path / "work.log").read_text()
+    assert "2 x cpu (1 threads)" in (tmp_path / "work.log").read_text()
+    assert_same_numbers(metrics_of(cwd / "runs/it")[:2], alone[:2])
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch_on_two_nodes(folder, photos_dir, tiny_weights, train_flags=()):
+    """Train by two launches that share nothing but an address: the exit codes of both."""
+    port = free_port()
+    return wait(
+        *(
+            launch(
+                folder / f"node{rank}",
+                photos_dir,
+                tiny_weights,
+                *(*LAUNCH, CONFIGS / "two_nodes.yaml", "--num_processes", 2),
+                *("--machine_rank", rank, "--main_process_ip", "127.0.0.1", "--main_process_port", port),
+                train_flags=train_flags,
+            )
+            for rank in range(2)
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory, photos_dir, tiny_weights):
+    """The folder of a run on two nodes, each with a working folder of its own, and the exit codes."""
+    folder = tmp_path_factory.mktemp("nodes")
+    return folder, launch_on_two_nodes(folder, photos_dir, tiny_weights)
+
+
+def test_two_nodes_compute_as_one_process_and_the_second_writes_nothing(two_nodes, alone):
+    folder, codes = two_nodes
+    assert codes == [0, 0], (folder / "node0.log").read_text() + (folder / "node1.log").read_text()
+    assert "2 x cpu" in (folder / "node1.log").read_text()
+    assert_same_numbers(metrics_of(folder / "node0/runs/it")[:2], alone[:2])
+    assert list((folder / "node1").iterdir()) == []
+
+
+def test_two_nodes_go_on_from_the_first_ones_checkpoint(two_nodes, alone, photos_dir, tiny_weights):
+    folder, _ = two_nodes
+    flags = ("--epochs", 3, "--resume", "auto", "--resume-anyway")
+    assert launch_on_two_nodes(folder, photos_dir, tiny_weights, flags) == [0, 0]
+    assert_same_numbers(metrics_of(folder / "node0/runs/it")[:3], alone[:3])
+    assert list((folder / "node1").iterdir()) == []
+
+
+def test_two_nodes_with_different_photos_are_refused(photos_dir, tiny_weights, tmp_path):
+    for node in ("node0", "node1"):
+        shutil.copytree(photos_dir, tmp_path / node / "photos")
+    next((tmp_path / "node1/photos/train/hotdog").iterdir()).unlink()
+    codes = launch_on_two_nodes(tmp_path, "photos", tiny_weights)
+    assert 0 not in codes and not (tmp_path / "node0/runs").exists()
+    for node in ("node0", "node1"):
+        assert (
+            "process 1 finds other photos in photos than process 0" in (tmp_path / f"{node}.log").read_text()
+        )
+
+
+def test_the_slurm_script_asks_for_the_signal_in_time_and_is_valid_bash():
+    script = CONFIGS / "slurm.sh"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)", script.read_text(), flags=re.MULTILINE))
+    assert options["signal"] == "B:USR1@120" and options["ntasks-per-node"] == "1" and "requeue" in options
+
+
+# SLURM as far as the script uses it: the task of each node in an environment of its own, signals passed on to
+# the task and to what it started.
+SRUN = """#!/usr/bin/env bash
+for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do SLURM_NODEID=$node "$@" & tasks+=($!); done
+trap 'kill -USR1 "${tasks[@]}" $(pgrep -P "$(IFS=,; echo "${tasks[*]}")")' USR1
+code=0
+for task in "${tasks[@]}"; do
+    while wait "$task"; status=$?; kill -0 "$task" 2>/dev/null; do :; done
+    [ "$status" -eq 0 ] || code=$status
+done
+exit "$code"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> scontrol.log; fi
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, photos_dir, tiny_weights):
+    """A cluster of one node with two GPUs, as it says; `start(*flags)` submits the script, as job 7."""
+    for name in ("configs", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        path = tmp_path / "bin" / name
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    env = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_NODELIST": "node0",
+    }
+
+    def start(*flags):
+        words = [
+            "bash", "configs/slurm.sh", "--data-dir", photos_dir, "--model", TINY_MODEL, "--image-size", 64,
+            "--weights", tiny_weights, "--batch-size", 8, "--num-threads", 1, *flags,
+        ]  # fmt: skip
+        with (tmp_path / "job.log").open("a") as log:
+            return subprocess.Popen(
+                [str(word) for word in words], cwd=tmp_path, env=env, stdout=log, stderr=log
+            )
+
+    return SimpleNamespace(start=start, folder=tmp_path, log=tmp_path / "job.log")
+
+
+@pytest.mark.skipif(not shutil.which("pkill"), reason="the nodes of a cluster have pkill")
+def test_a_slurm_job_saves_before_its_time_is_over_and_queues_itself_again(slurm):
+    job = slurm.start("--epochs", 10000, "--checkpoint-every", 1000)
+    run_dir = slurm.folder / "runs/slurm-7"
+    deadline = time.monotonic() + 100
+    while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        assert job.poll() is None, slurm.log.read_text()
+        time.sleep(0.05)
+    processes = family(job)
+    job.send_signal(signal.SIGUSR1)
+    try:
+        assert job.wait(timeout=60) != 0
+    finally:
+        kill(processes)
+    text = slurm.log.read_text()
+    assert "stopped in epoch" in text, text
+    assert (slurm.folder / "scontrol.log").read_text() == "requeue 7\n"
+    # The launcher outlived the signal: when it ends, SLURM ends all that it started.
+    assert "2 x cpu" in text and re.search(r"exitcode +: 138", text)
+    rows, state = metrics_of(run_dir), checkpoint.latest(run_dir) / "state.json"
+    assert json.loads(state.read_text())["progress"]["epoch"] == len(rows) + 1
