@@ -86,6 +86,8 @@ class ModelConfig:
     # How the new output layer starts: Xavier uniform (the chapter), nn.Linear's own initialisation, a
     # logistic regression on the body's features (probe), or the source classifier's rows for these classes.
     head_init: Literal["xavier", "linear", "probe", "class-vector"] = "xavier"
+    # Random crops of every training photo that the probe learns from, besides the photo as in evaluation.
+    probe_views: int = 0
     # Source classes for class-vector, as in hotdog=934 or cat=tabby; unset: those of the same names. One
     # class may have none: it stands for all the others.
     source_class: tuple[str, ...] = ()
@@ -275,6 +277,14 @@ class TrainConfig:
             self.data.augmentation,
             "gives other features in every epoch: --cache-features needs none",
         )
+        views = self.model.probe_views
+        _require(views >= 0, "--probe-views", views, "is 0 or more")
+        _require(
+            not views or (self.model.head_init == "probe" and self.data.augmentation == "crop"),
+            "--probe-views",
+            views,
+            "needs --head-init probe and --augmentation crop (or set it to 0)",
+        )
         average = self.optim.ema_decay
         _require(
             not (average and self.model.cache_features), "--ema-decay", average, "is not for --cache-features"
@@ -303,15 +313,15 @@ RECIPES: dict[str, TrainConfig] = {
     "best": TrainConfig(
         recipe="best",
         data=DataConfig(train_image_size=160, min_crop_area=0.25, val_fraction=0.1),
-        model=ModelConfig(head_init="probe"),
+        model=ModelConfig(head_init="probe", probe_views=4, batch_norm="source"),
         optim=OptimConfig(
             epochs=6,
             batch_size=32,
             loss_reduction="mean",
-            learning_rate=3e-4,
+            optimizer="adamw",
+            learning_rate=3e-5,
             head_lr_mult=1.0,
-            momentum=0.9,
-            weight_decay=1e-4,
+            weight_decay=0.05,
             schedule="cosine",
             warmup_fraction=0.1,
             ema_decay=0.95,

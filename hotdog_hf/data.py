@@ -265,7 +265,7 @@ class PhotoDataset(torch.utils.data.Dataset):
         """Return the transformed photo, float [3, H, W]."""
         with torch.random.fork_rng(devices=[]):
             # The CPU generator only: torch.manual_seed would reset the GPU's as well, photo by photo.
-            torch.default_generator.manual_seed(_mix(self.seed, epoch, index))
+            torch.default_generator.manual_seed(mix(self.seed, epoch, index))
             return self.transform(read_photo(self.rows[index]))
 
     def name_of(self, index: int) -> str:
@@ -285,7 +285,7 @@ class FeatureDataset(PhotoDataset):
         return self.features[index]
 
 
-def _mix(*numbers: int) -> int:
+def mix(*numbers: int) -> int:
     """Hash a few numbers into one well-spread seed, so that neighbours share nothing."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
@@ -322,7 +322,7 @@ class StepSampler(torch.utils.data.Sampler):
         return range(self.photos_skipped(), self.size, self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator).tolist()
         for start in self._starts():
             share = order[start : start + self.batch_size][self.rank :: self.world_size]

@@ -13,7 +13,15 @@ import torch
 from accelerate import Accelerator
 
 from hotdog_hf import engine
-from hotdog_hf.data import FeatureDataset, PhotoDataset, eval_loader, eval_transform, manifest
+from hotdog_hf.data import (
+    FeatureDataset,
+    PhotoDataset,
+    eval_loader,
+    eval_transform,
+    manifest,
+    mix,
+    train_transform,
+)
 from hotdog_hf.machine import cache_dir
 
 # The oldest features are dropped beyond this.
@@ -39,6 +47,32 @@ def of_split(
     return pooled_features(
         accelerator, net, photo_set, facts, batch_size=BATCH_SIZE, num_workers=num_workers, title=split
     )
+
+
+def of_crops(
+    accelerator: Accelerator,
+    net: torch.nn.Module,
+    splits: datasets.DatasetDict,
+    split: str,
+    data_dir: str,
+    data_config: dict,
+    *,
+    count: int,
+    min_crop_area: float,
+    seed: int,
+    num_workers: int = 0,
+) -> list[FeatureDataset]:
+    """Return the features of `count` random crops of each photo, of the size of evaluation."""
+    crop = train_transform(data_config, None, min_crop_area)
+    facts = [manifest({split: splits[split]}, data_dir), str(Path(data_dir).absolute()), data_config]
+    views = []
+    for view in range(1, count + 1):
+        photo_set = PhotoDataset(splits[split], crop, mix(seed, view))
+        knobs = {"batch_size": BATCH_SIZE, "num_workers": num_workers, "title": f"crops {view}/{count}"}
+        views.append(
+            pooled_features(accelerator, net, photo_set, [*facts, min_crop_area, seed, view], **knobs)
+        )
+    return views
 
 
 def pooled_features(

@@ -24,13 +24,18 @@ def solve(
     net: torch.nn.Module,
     head_init: str,
     seen: FeatureDataset,
+    views: Sequence[FeatureDataset],
     source_head: torch.nn.Linear,
     source_classes: Sequence[int | None] | None,
 ) -> None:
-    """Set the output layer by the training photos' features, in the way `head_init` names."""
+    """Set the output layer by the training photos' features, in the way `head_init` names.
+
+    `seen` has the photos as in evaluation, each of `views` a random crop of every one of them.
+    """
     features = seen.features.numpy()
     if head_init == "probe":
-        set_head(net, *probe_head(features, seen.labels, seen.seed))
+        crops = [view.features.numpy() for view in views]
+        set_head(net, *probe_head(features, seen.labels, seen.seed, crops))
     else:
         set_head(net, *class_vector_head(source_head, features, source_classes))
 
@@ -43,21 +48,27 @@ def set_head(net: torch.nn.Module, weight: np.ndarray, bias: np.ndarray) -> None
         head.bias.copy_(torch.as_tensor(bias))
 
 
-def probe_head(features: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def probe_head(
+    features: np.ndarray, labels: np.ndarray, seed: int, views: Sequence[np.ndarray] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Solve the output layer: weight [classes, D] and bias [classes] of a logistic regression.
 
-    On features [N, D] standardised with their own mean and deviation, which are then folded into the layer.
-    The strength of the L2 penalty is that of the lowest log-loss in stratified cross-validation. Raises
-    `UserError` where a class has a single photo.
+    On features [N, D], and on `views` of the same photos [N, D] each, standardised with their own mean and
+    deviation, which are then folded into the layer. The strength of the L2 penalty is that of the lowest
+    log-loss in stratified cross-validation, which judges by the `features` of photos of which no view was
+    learned. Raises `UserError` where a class has a single photo.
     """
     fewest = int(np.bincount(labels).min())
     if fewest < 2:
         raise UserError("--head-init probe needs at least 2 training photos of every class")
     pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-    folds = StratifiedKFold(min(PROBE_FOLDS, fewest), shuffle=True, random_state=seed)
+    split = StratifiedKFold(min(PROBE_FOLDS, fewest), shuffle=True, random_state=seed).split(labels, labels)
+    starts = np.arange(1 + len(views))[:, None] * len(labels)
+    folds = [((starts + learned).ravel(), judged) for learned, judged in split]
     strengths = {"logisticregression__C": PROBE_STRENGTHS}
     search = GridSearchCV(pipeline, strengths, scoring="neg_log_loss", cv=folds)
-    scaler, regression = search.fit(features.astype(np.float64), labels).best_estimator_
+    everything = np.concatenate([features, *views]).astype(np.float64)
+    scaler, regression = search.fit(everything, np.tile(labels, 1 + len(views))).best_estimator_
     weight = regression.coef_ / scaler.scale_
     bias = regression.intercept_ - weight @ scaler.mean_
     if len(weight) == 1:  # of two classes scikit-learn solves the difference of their logits

@@ -36,17 +36,17 @@ GRID_FACTORS, GRID_DECAYS = (0.3, 1.0, 3.0), (0.0001, 0.001, 0.01)
 # What else was tried for the recipe "best", each judged on a validation split alone.
 VARIANTS: dict[str, dict] = {
     "best": {},
-    "without the average": {"ema_decay": 0.0},
+    "probe without crops": {"probe_views": 0},
+    "head not solved": {"head_init": "xavier", "probe_views": 0, "head_lr_mult": 10.0},
+    "BatchNorm by the batch": {"batch_norm": "batch"},
+    "SGD": {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 3e-4, "weight_decay": 1e-4},
+    "a third of the rate": {"learning_rate": 1e-5},
+    "three times the rate": {"learning_rate": 1e-4},
     "crops at full size": {"train_image_size": None},
     "crops from 8 %": {"min_crop_area": 0.08},
-    "BatchNorm by the source": {"batch_norm": "source"},
-    "BatchNorm by the batch": {"batch_norm": "batch"},
-    "a third of the rate": {"learning_rate": 1e-4},
-    "three times the rate": {"learning_rate": 1e-3},
+    "without the average": {"ema_decay": 0.0},
     "label smoothing 0.1": {"label_smoothing": 0.1},
     "lower layers slower": {"layer_decay": 0.7},
-    "AdamW": {"optimizer": "adamw", "momentum": 0.0, "learning_rate": 3e-5, "weight_decay": 0.05},
-    "head not solved": {"head_init": "xavier", "head_lr_mult": 10.0},
 }
 # Knobs of the study that every run takes over.
 COMMON = (
@@ -57,7 +57,6 @@ COMMON = (
     "epochs",
     "image_size",
     "positive_label",
-    "batch_norm",
     "num_workers",
     "num_threads",
 )
@@ -132,7 +131,6 @@ def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
             "weights": recipe == "scratch",
             "source_class": recipe != "class-vector",
             "epochs": recipe == "probe",
-            "batch_norm": recipe != "best",
         }
         shared = {key: value for key, value in common.items() if not kept_out.get(key)}
         return Run(experiment, name, seed, override(RECIPES[recipe], **shared | knobs, seed=seed))

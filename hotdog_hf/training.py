@@ -72,7 +72,16 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
         place = (splits, split, config.data.data_dir, data_config)
         seen[split] = features.of_split(accelerator, net, *place, seed=config.run.seed, num_workers=workers)
     if solved:
-        heads.solve(net, config.model.head_init, seen["train"], source_head, source_classes)
+        views = features.of_crops(
+            accelerator,
+            net,
+            *(splits, "train", config.data.data_dir, data_config),
+            count=config.model.probe_views,
+            min_crop_area=config.data.min_crop_area,
+            seed=config.run.seed,
+            num_workers=workers,
+        )
+        heads.solve(net, config.model.head_init, seen["train"], views, source_head, source_classes)
     sets, trained = (seen, net.get_classifier()) if config.model.cache_features else (sets, net)
     if config.data.augmentation == "crop":
         crop = data.train_transform(data_config, config.data.train_image_size, config.data.min_crop_area)

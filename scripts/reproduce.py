@@ -10,7 +10,7 @@ Runs that are finished are not run again: the same command goes on where it was 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -47,8 +47,6 @@ class ReproduceConfig:
     image_size: int | None = None
     # Class that precision, recall and the zero-shot question speak of. Unset: "hotdog" where it exists.
     positive_label: str | None = None
-    # BatchNorm in the recipe "best": by the batch, or by the source's statistics.
-    batch_norm: Literal["batch", "source"] = "batch"
     # Loader processes. Unset: as in scripts/train.py.
     num_workers: int | None = None
     # Threads of a process on a CPU. Unset: the cores, shared out among the processes.

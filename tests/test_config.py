@@ -55,6 +55,9 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
         ("--recipe probe --augmentation crop", "--augmentation gives other features in every epoch"),
         ("--source-class hotdog=934", "--source-class needs --head-init class-vector"),
         ("--recipe class-vector --source-class cat=tabby 934", r"--source-class is name=class, .*'934'\]"),
+        ("--probe-views 2", "--probe-views needs --head-init probe and --augmentation crop .*, got 2"),
+        ("--recipe probe --probe-views 2", "--probe-views needs --head-init probe and --augmentation crop"),
+        ("--recipe best --probe-views -1", "--probe-views is 0 or more, got -1"),
         ("--recipe frozen --ema-decay 0.9", "--ema-decay is not for --cache-features"),
     ],
 )

@@ -186,6 +186,23 @@ def test_the_same_seed_gives_the_same_probe():
     assert np.array_equal(weight, again[0]) and np.array_equal(bias, again[1])
 
 
+def test_views_of_a_photo_that_is_judged_are_not_learned():
+    """Labels by chance: with a view of the judged photos at hand, they would seem to be known."""
+    random = np.random.default_rng(0)
+    features, labels = random.normal(size=(40, 60)).astype(np.float32), np.arange(40) % 2
+    views = [features + random.normal(scale=0.01, size=features.shape) for _ in range(3)]
+    weight, bias = heads.probe_head(features, labels, 0, views)
+    probabilities = torch.as_tensor(features @ weight.T + bias).softmax(dim=1)
+    assert (probabilities - 0.5).abs().max() < 0.1
+
+
+def test_views_are_learned_from():
+    features, labels = features_of(2)
+    weight, bias = heads.probe_head(np.zeros_like(features), labels, 0, [features])
+    answers = (features @ weight.T + bias).argmax(axis=1)
+    assert (answers == labels).mean() > 0.8
+
+
 @pytest.mark.filterwarnings("error")  # scikit-learn's, of a fold without a class
 def test_a_probe_needs_two_photos_of_every_class():
     features, labels = features_of(3)
@@ -250,7 +267,7 @@ def test_the_class_vector_recipe_is_judged_before_its_first_step(tiny_weights, p
 
 @pytest.mark.parametrize(
     ("flags", "kept"),
-    [(("--learning-rate", 1), 0), (("--augmentation", "none", "--batch-norm", "source"), 1)],
+    [(("--learning-rate", 1), 0), (("--augmentation", "none", "--probe-views", 0), 1)],
 )
 def test_the_best_recipe_keeps_the_better_of_start_and_end(tiny_weights, photos_dir, tmp_path, flags, kept):
     flags = ("--recipe", "best", "--val-fraction", 0.3, "--epochs", 1, "--train-image-size", 64, *flags)
