@@ -39,13 +39,13 @@ def load_photos(
 ) -> datasets.DatasetDict:
     """Load a data folder, or `hf://datasets/user/name`, as a DatasetDict of `image` (undecoded) and `label`.
 
-    The files in `skip` are left out, and `val_fraction` of train becomes a stratified `validation` split.
-    Raises `UserError` for what is not in the expected form.
+    The files in `skip` are left out; `val_fraction` of train becomes a stratified `validation` split where
+    there is none. Raises `UserError` for what is not in the expected form.
     """
     name = str(data_dir)
     is_hub_data = name.startswith(HUB_DATA_PREFIX)
     splits = _read_hub(name.removeprefix(HUB_DATA_PREFIX)) if is_hub_data else _read_folder(name, skip)
-    if val_fraction:
+    if val_fraction and "validation" not in splits:
         splits |= _cut_validation(splits, val_fraction, seed)
     return datasets.DatasetDict({name: splits[name] for name in SPLIT_FOLDERS if name in splits})
 
@@ -105,8 +105,6 @@ def _two_columns(repo: str, rows: datasets.Dataset) -> datasets.Dataset:
 def _cut_validation(
     splits: dict[str, datasets.Dataset], fraction: float, seed: int
 ) -> dict[str, datasets.Dataset]:
-    if "validation" in splits:
-        raise UserError("the data folder has a validation split already; leave --val-fraction at 0")
     try:
         cut = splits["train"].train_test_split(fraction, stratify_by_column="label", seed=seed)
     except ValueError as error:  # scikit-learn's own rule: at least one photo of every class on each side
@@ -157,7 +155,11 @@ def manifest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> dict[
 
 def digest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> str:
     """Hash which photos there are, in which order, by their names and labels."""
-    facts = {split: [names_of(rows, data_dir), rows["label"][:]] for split, rows in photos.items()}
+    on_hub = str(data_dir).startswith(HUB_DATA_PREFIX)
+    facts = {
+        split: [rows._fingerprint if on_hub else names_of(rows, data_dir), rows["label"][:]]
+        for split, rows in photos.items()
+    }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

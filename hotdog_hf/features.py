@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 
 import datasets
@@ -124,7 +125,7 @@ def _read(file: Path) -> torch.Tensor | None:
 def _write(file: Path, features: torch.Tensor) -> None:
     if features.nbytes > MAX_CACHE_BYTES:
         return
-    part = file.with_name(f"{file.stem}.{os.getpid()}.part")
+    part = file.with_name(f"{file.stem}.{secrets.token_hex(8)}.part")
     with contextlib.suppress(OSError, safetensors.SafetensorError):  # a full disk: it is computed again
         file.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file({"features": features.contiguous()}, part)

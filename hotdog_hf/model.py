@@ -47,10 +47,11 @@ def describe_source(name: str, weights: str) -> str:
         "none": f"random weights of {name}",
         "bundled": f"ImageNet weights of {name}",
     }
-    is_hub_model = weights.startswith(HUB_PREFIX)
-    return kinds.get(weights) or (
-        weights if is_hub_model else f"{name} with weights from {Path(weights).name}"
-    )
+    if weights in kinds or weights.startswith(HUB_PREFIX):
+        return kinds.get(weights, weights)
+    if Path(weights).is_dir():  # it says itself what network it is
+        return f"the model in {'/'.join(Path(weights).absolute().parts[-2:])}"
+    return f"{name.partition('.')[0]} with weights from {Path(weights).name}"
 
 
 def input_size(name: str) -> int:

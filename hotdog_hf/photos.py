@@ -35,7 +35,7 @@ def open_photos(
             accelerator.print(summary)
     photos = data.load_photos(config.data_dir, config.val_fraction, seed, skip=frozenset(skipped))
     accelerator.print(data.describe(data.counts(photos)))
-    digests = gather_object([data.digest(photos, config.data_dir)])
+    digests = gather_object([data.digest(photos, config.data_dir)]) if accelerator.num_processes > 1 else []
     if len(set(digests)) > 1:
         differs = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
         raise UserError(

@@ -110,14 +110,22 @@ class StopSignal:
 
 
 def resume_command(run_dir: Path) -> str:
-    """Return the command line that goes on with this run."""
+    """Return the command line that goes on with this run; other scripts than train.py find it themselves."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["python"]
+    if processes != "1":
+        launcher = shlex.split(
+            f"accelerate launch --config_file accelerate_config.yaml --num_processes {processes}"
+        )
+    if Path(sys.argv[0]).name != "train.py":
+        return shlex.join([*launcher, *sys.argv])
     words, given = [], iter(sys.argv)
     for word in given:
         if word in ("--output-dir", "--resume"):
             next(given, None)
         elif not word.startswith(("--output-dir=", "--resume=")):
             words.append(word)
-    return shlex.join(["python", *words, "--output-dir", str(run_dir), "--resume", "auto"])
+    return shlex.join([*launcher, *words, "--output-dir", str(run_dir), "--resume", "auto"])
 
 
 def numbers(row: dict) -> dict[str, float]:

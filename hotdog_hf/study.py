@@ -57,6 +57,7 @@ COMMON = (
     "epochs",
     "image_size",
     "positive_label",
+    "bad_images",
     "num_workers",
     "num_threads",
 )
@@ -328,8 +329,8 @@ def answers(rows: dict[str, dict], results: list[Result], zero: dict | None) -> 
         said.append(
             (
                 "Exercise 3: what if the body is not trained?",
-                f"With the body frozen and the output layer alone trained, the accuracy is"
-                f" {_percent(rows['frozen'])}. {_verdict(rows['frozen'], 'freezing the body')}",
+                f"With the body frozen and the output layer alone trained, without augmentation, the accuracy"
+                f" is {_percent(rows['frozen'])}. {_verdict(rows['frozen'], 'that')}",
             )
         )
     if "class-vector" in rows:
@@ -364,7 +365,7 @@ def _verdict(row: dict, what: str) -> str:
     if bounds is None:
         return f"Here {what} was {points}, with one seed ({_mcnemar_text(row['mcnemar'])})."
     low, high = (value * 100 for value in bounds)
-    shown = "which is more than chance" if low > 0 or high < 0 else "which may be chance"
+    shown = "more than seeds vary" if low > 0 or high < 0 else "which may be the seeds' chance"
     return f"Here {what} is {points} (95 % interval {low:+.1f} to {high:+.1f}), {shown}."
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 
 from hotdog_hf import (
     card,
@@ -128,12 +128,17 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
     found = engine.on_main(accelerator, lambda: _checkpoint_to_go_on_from(config, identity))
     run_dir = checkpoint.run_dir_of(found) if found else config.run.output_dir
     run_dir = run_dir or run.default_run_dir(config.recipe)
-    if is_main:
-        run_dir, _lock = run.open_run_dir(run_dir, resume=config.run.resume is not None)
-        with files.writing_to(run_dir):
-            run.write_identity(run_dir, identity, skipped)
-            plots.plot_samples(*data.showcase(splits["train"], positive_label), run_dir / "samples.png")
-    [run_dir] = broadcast_object_list([run_dir])
+    locks = []  # held until this function ends
+
+    def enter() -> Path:
+        folder, lock = run.open_run_dir(run_dir, resume=config.run.resume is not None)
+        locks.append(lock)
+        with files.writing_to(folder):
+            run.write_identity(folder, identity, skipped)
+            plots.plot_samples(*data.showcase(splits["train"], positive_label), folder / "samples.png")
+        return folder
+
+    run_dir = engine.on_main(accelerator, enter)
     engine.start_tracker(accelerator, run_dir, flatten(identity["config"]))
 
     # Where to start, and how to judge. A solved head is judged before training, as epoch 0.
@@ -157,7 +162,8 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
             # A photo that can't be read any more, a loss that isn't finite, a full disk.
             if isinstance(error, images.UnreadableImageError) and accelerator.num_processes == 1:
                 save_checkpoint()
-            where = f"epoch {progress.epoch}, after {progress.step} steps"
+            epoch = min(progress.epoch, config.optim.epochs)
+            where = f"epoch {epoch}, after {progress.total_steps} steps"
             last = checkpoint.latest(run_dir) or "none"
             raise UserError(f"{where}: {message_of(error)}. Last good checkpoint: {last}") from error
 
@@ -203,7 +209,7 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
     scores = predicted = None
     for epoch in range(progress.epoch, config.optim.epochs + 1):
         if epoch == 0:
-            totals += engine.totals_of(accelerator, net.get_classifier(), seen["train"])
+            totals.copy_(engine.totals_of(accelerator, net.get_classifier(), seen["train"]))
             progress.seconds = time.perf_counter() - started
         elif not train_epoch(epoch):
             return None
@@ -225,14 +231,15 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
             best=max(quality, progress.best),
         )
         totals.zero_()
-        if is_main:
-            with files.writing_to(run_dir):
-                run.write_metrics(run_dir, progress.rows)
-                plots.plot_curves(progress.rows, watched, run_dir / "curves.png")
-                if improved if config.run.keep == "best" else epoch == config.optim.epochs:
-                    kept = net if config.model.cache_features else accelerator.unwrap_model(judged)
-                    hub.save_model(kept, run_dir / "model", config.hub.license)
-        save_checkpoint()
+        with telling_where():
+            if is_main:
+                with files.writing_to(run_dir):
+                    run.write_metrics(run_dir, progress.rows)
+                    plots.plot_curves(progress.rows, watched, run_dir / "curves.png")
+                    if improved if config.run.keep == "best" else epoch == config.optim.epochs:
+                        kept = net if config.model.cache_features else accelerator.unwrap_model(judged)
+                        hub.save_model(kept, run_dir / "model", config.hub.license)
+            save_checkpoint()
 
     # The kept model on the test split, its card, and its way to the Hub.
     if watched != "test" or predicted is None:

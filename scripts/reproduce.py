@@ -10,7 +10,7 @@ Runs that are finished are not run again: the same command goes on where it was 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -18,6 +18,7 @@ from hotdog_hf.config import DEFAULT_DATA_DIR
 from hotdog_hf.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
     from datasets import DatasetDict
 
@@ -36,7 +37,7 @@ class ReproduceConfig:
     weights: str = "auto"
     # Source classes of ours, as in hotdog=934, where the names are not the source's own.
     source_class: tuple[str, ...] = ()
-    # Seeds 0, 1, ... of each arm.
+    # Seeds 0, 1, ... of each arm (rates and grid have one seed, variants at most two).
     seeds: int = 5
     # What to run, with commas between: finetune, scratch, frozen, class-vector, probe, best (the arms), rates
     # (exercise 1), grid (exercise 2), variants (what was tried for "best"). Unset: all but the variants.
@@ -47,6 +48,8 @@ class ReproduceConfig:
     image_size: int | None = None
     # Class that precision, recall and the zero-shot question speak of. Unset: "hotdog" where it exists.
     positive_label: str | None = None
+    # Photos that cannot be read: end with their names, or go on without them.
+    bad_images: Literal["fail", "skip"] = "fail"
     # Loader processes. Unset: as in scripts/train.py.
     num_workers: int | None = None
     # Threads of a process on a CPU. Unset: the cores, shared out among the processes.
@@ -80,10 +83,17 @@ def main(config: ReproduceConfig) -> None:
         study_dir.mkdir(parents=True, exist_ok=True)
 
     # The photos, and all runs but those that a grid has still to choose.
-    splits, _ = photos.open_photos(DataConfig(data_dir=config.data_dir), 0, accelerator)
+    data_config = DataConfig(data_dir=config.data_dir, bad_images=config.bad_images)
+    splits, _ = photos.open_photos(data_config, 0, accelerator)
     manifest, counts = data.manifest(splits, config.data_dir), data.counts(splits)
     common = {name: value for name in study.COMMON if (value := getattr(config, name)) is not None}
     experiments = [name for name in EXPERIMENTS if name in config.only.split(",")]
+    if "class-vector" in experiments and len(experiments) > 1:
+        try:
+            load_source(config, splits)
+        except UserError as error:
+            say(f"class-vector is left out: {error}")
+            experiments.remove("class-vector")
     try:
         queue = [run for name in experiments for run in study.runs_of(name, config.seeds, common)]
     except ValueError as error:
@@ -93,7 +103,7 @@ def main(config: ReproduceConfig) -> None:
     clock = study.Clock(counts, size, *engine.measure_speed(accelerator, net, size))
 
     # Train what is missing. What a grid chooses is trained when all of the grid is there.
-    results = []
+    results, failure = [], None
     while queue and not stop.number:
         run = queue.pop(0)
         folder = run.folder(study_dir, manifest, accelerator.num_processes)
@@ -106,7 +116,8 @@ def main(config: ReproduceConfig) -> None:
             except UserError as error:
                 # Too high a rate is an answer too.
                 if not isinstance(error.__cause__, engine.NonFiniteLossError):
-                    raise
+                    failure = error
+                    break
                 say(str(error))
                 if is_main:
                     study.write_broke(folder, str(error))
@@ -121,7 +132,7 @@ def main(config: ReproduceConfig) -> None:
 
     # What they say.
     zero = None
-    if "class-vector" in experiments and not stop.number:
+    if "class-vector" in experiments and not stop.number and not failure:
         zero = ask_source(config, accelerator, splits)
     if is_main and results:
         with files.writing_to(study_dir):
@@ -144,19 +155,28 @@ def main(config: ReproduceConfig) -> None:
             f"\n{study_dir}/README.md: {len(results)} runs{f', {len(queue)} still to come' if queue else ''}"
         )
     engine.finish(accelerator)
+    if failure:
+        raise failure
     if stop.number:
         raise SystemExit(stop.exit_code)
 
 
+def load_source(config: ReproduceConfig, splits: DatasetDict) -> tuple[torch.nn.Module, list[int | None]]:
+    """Return the source classifier and which of its classes ours are."""
+    from hotdog_hf import heads, model
+
+    source = model.load_source(config.model, config.weights, config.image_size)
+    return source, heads.match_classes(source, splits["train"].features["label"].names, config.source_class)
+
+
 def ask_source(config: ReproduceConfig, accelerator: Accelerator, splits: DatasetDict) -> dict | None:
     """Judge the source's own class before any training, or None where the positive class has none."""
-    from hotdog_hf import data, engine, features, heads, model, study
+    from hotdog_hf import data, engine, features, model, study
 
     label_names = splits["train"].features["label"].names
-    source = model.load_source(config.model, config.weights, config.image_size)
+    source, classes = load_source(config, splits)
     source = source.to(accelerator.device, memory_format=engine.MEMORY_FORMAT)
     data_config = model.source_data_config(source, "chapter", config.image_size)
-    classes = heads.match_classes(source, label_names, config.source_class)
     positive = label_names.index(data.resolve_positive(label_names, config.positive_label) or label_names[0])
     if classes[positive] is None:
         return None

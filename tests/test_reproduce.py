@@ -46,7 +46,7 @@ def studied(photos, tiny_weights, tmp_path_factory):
         patch.setattr(study, "RATE_FACTORS", (1.0, 30.0))
         patch.setattr(study, "GRID_FACTORS", (1.0,))
         patch.setattr(study, "GRID_DECAYS", (0.001, 0.01))
-        patch.setattr(study, "VARIANTS", {name: study.VARIANTS[name] for name in ("best", "AdamW")})
+        patch.setattr(study, "VARIANTS", {name: study.VARIANTS[name] for name in ("best", "SGD")})
         reproduce = importlib.import_module("reproduce")
         knobs = {"model": TINY_MODEL, "weights": str(tiny_weights), "image_size": 64, "num_threads": 1}
         where = {"data_dir": str(photos), "output_dir": str(study_dir)}
@@ -68,7 +68,7 @@ def test_every_arm_stands_in_the_table_and_in_the_answers(studied):
         assert re.search(rf"^\| {re.escape(title)} \| 2 \| \d+\.\d% \|", text, re.MULTILINE), title
     for question in ("Does fine-tuning beat", "Exercise 1", "Exercise 2", "Exercise 3", "Exercise 4"):
         assert f"**{question}" in text
-    for name in ("best", "AdamW"):
+    for name in ("best", "SGD"):
         assert f"| {name} | 2 | " in text
     for picture in study.PICTURES:
         assert (study_dir / picture).stat().st_size > 5000 and f"({picture})" in text
