@@ -27,7 +27,7 @@ demo: install  ## fine-tune a real pretrained network on the drawn sample, offli
 	HF_HUB_OFFLINE=1 $(LAUNCH) scripts/train.py --output-dir $(DEMO) $(DEMO_FLAGS)
 
 train: install  ## the chapter: download the hot-dog photos, fine-tune ResNet-18 for 5 epochs
-	$(LAUNCH) scripts/train.py
+	$(LAUNCH) scripts/train.py $(if $(DATA),--data-dir $(DATA))
 
 reproduce: install  ## the chapter's claim and exercises as one study; stops and goes on
 	$(LAUNCH) scripts/reproduce.py $(if $(DATA),--data-dir $(DATA))
@@ -49,6 +49,6 @@ quality: install  ## check format and lint, change nothing
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-clean:  ## remove runs, drawn samples and caches (never data/hotdog)
-	rm -rf runs data/sample .pytest_cache .ruff_cache
+clean:  ## remove the demo, the drawn sample and caches (never your runs, nor data/hotdog)
+	rm -rf $(DEMO) data/sample .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

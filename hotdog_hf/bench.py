@@ -10,6 +10,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,11 +25,12 @@ from hotdog_hf.files import write_json
 from hotdog_hf.machine import allowed_cores
 
 POLL_SECONDS = 0.02
-# A process that has written nothing for so long hangs.
-SILENT_SECONDS = 3600
+# What every measured process gets: its lines come when they are written, and no look at the Hub takes time.
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 OUR_FROZEN_EPOCHS, PLAIN_FROZEN_EPOCHS = 11, 2
 MEMORY_COPIES = (1, 10, 100)
-MEMORY_STEPS = 3
+# Small, so that the network's own memory does not hide what grows.
+MEMORY_STEPS, MEMORY_BATCH = 3, 16
 PIPELINE_BATCHES = (1, 8, 32)
 OUR_PREDICT_BATCH = 32
 CHAPTER_BATCH = RECIPES["chapter"].optim.batch_size
@@ -155,22 +157,21 @@ def run_process(
     out, errors = folder / "output.txt", folder / "errors.txt"
     command = shlex.join(["python" if word == sys.executable else word for word in words])
     rows: list[tuple[float, dict]] = []
-    until_seconds = stamp = None
-    heard = 0.0
+    until_seconds = None
     with out.open("wb") as out_file, errors.open("wb") as error_file:
         started_at, started = time.time(), time.perf_counter()
         process = subprocess.Popen(
-            words, stdout=out_file, stderr=error_file, env=os.environ | _environment() | (env or {})
+            words,
+            stdout=out_file,
+            stderr=error_file,
+            env=os.environ | ENVIRONMENT | (env or {}),
+            start_new_session=True,  # so that it can be ended with all that it starts
         )
         try:
             while True:
                 code = process.poll()
                 seconds = time.perf_counter() - started
-                if stamp != (stamp := _stamp(watched or out)):
-                    heard = seconds
-                    rows += [(seconds, row) for row in _json_lines(watched or out)[len(rows) :]]
-                if seconds - heard > SILENT_SECONDS:
-                    raise MeasurementError(f"`{command}` has been silent for {SILENT_SECONDS} seconds")
+                rows += [(seconds, row) for row in _json_lines(watched or out)[len(rows) :]]
                 if until and until_seconds is None and until():
                     until_seconds = seconds
                     process.terminate()  # of one that has ended it does nothing
@@ -178,7 +179,7 @@ def run_process(
                     break
                 time.sleep(POLL_SECONDS)
         except BaseException:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
     text = errors.read_text(encoding="utf-8", errors="replace")
@@ -195,23 +196,12 @@ def run_process(
     )
 
 
-def _environment() -> dict[str, str]:
-    """Return what every measured process gets: no network look-ups by chance, no buffered output."""
-    return {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "TQDM_DISABLE": "1"}
-
-
 def _fresh_cache(folder: Path) -> dict[str, str]:
-    """Return the environment of a process that finds none of hotdog_hf's caches, but those of the Hub."""
+    """Return the environment of a process that finds none of hotdog_hf's caches, but the libraries' own."""
     before = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     hub = os.environ.get("HF_HOME") or str(before / "huggingface")
-    return {"XDG_CACHE_HOME": str(folder.resolve()), "HF_HOME": hub}
-
-
-def _stamp(file: Path) -> tuple[int, int] | None:
-    with contextlib.suppress(OSError):
-        status = file.stat()
-        return status.st_mtime_ns, status.st_size
-    return None
+    fonts = os.environ.get("MPLCONFIGDIR") or str(before / "matplotlib")
+    return {"XDG_CACHE_HOME": str(folder.resolve()), "HF_HOME": hub, "MPLCONFIGDIR": fonts}
 
 
 def _json_lines(file: Path) -> list[dict]:
@@ -261,6 +251,8 @@ def prepare(
     """
     if data_dir.startswith("hf://"):
         raise UserError("the benchmark compares with loops that read folders: give a folder as --data-dir")
+    # The one process that may fetch what is not there yet.
+    hub_offline = os.environ.get("HF_HUB_OFFLINE", "0")
     folder = work / "prepare"
     folder.mkdir(parents=True)
     words = task_command(
@@ -273,7 +265,7 @@ def prepare(
         num_threads=num_threads,
     )
     try:
-        found = _task_result(run_process(words, folder))
+        found = _task_result(run_process(words, folder, env={"HF_HUB_OFFLINE": hub_offline}))
     except MeasurementError as error:
         raise UserError(str(error).partition(": error: ")[2] or str(error)) from error
     files = {
@@ -298,7 +290,7 @@ def prepare(
         batch_size=batch_size,
         epochs=epochs,
         recipes=recipes,
-        threads=num_threads or cores,
+        threads=num_threads or found["threads"],
         workers=min(cores, 8),
         gpus=gpus,
     )
@@ -308,6 +300,7 @@ def prepare(
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "gpus": found["gpus"],
         "threads": setup.threads,
+        "not_exported": found["not_exported"],
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in VERSIONS},
@@ -539,7 +532,7 @@ def memory(setup: Setup) -> list[Variant]:
     """Peak memory of listing a data folder, some training steps and evaluation, as the folder grows."""
 
     # The same full batches whatever the size, so that the number of photos alone differs.
-    batch_size = min(setup.step_size, setup.train)
+    batch_size = min(setup.step_size, setup.train, MEMORY_BATCH)
     steps = max(min(MEMORY_STEPS, setup.train // batch_size), 1)
 
     def peak(copies: int) -> Callable[[Path, int], dict]:

@@ -57,7 +57,7 @@ def prepare(
         },
         "image_size": data_config["input_size"][-1],
         "not_exported": not_exported,
-        "device": accelerator.device.type,
+        "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
 
@@ -147,6 +147,7 @@ def _synchronize(device: torch.device) -> None:
 def memory(*, data_dir: str, batch_size: int, steps: int, **network: object) -> dict:
     """List all photos of a folder, train some steps on it, evaluate as many batches: the peak memory."""
     rows = data.load_photos(data_dir)
+    _kept = data.manifest(rows, data_dir), data.digest(rows, data_dir)  # what a run holds of every photo
     job = _build(classes=rows["train"].features["label"].names, **network)
     train_set = data.PhotoDataset(rows["train"], data.train_transform(job.data_config))
     loader = data.train_loader(train_set, batch_size)
@@ -271,10 +272,10 @@ def profile(*, data_dir: str, batch_size: int, num_workers: int | None, **networ
         watch.last = time.perf_counter()
         for _ in job.steps(_CountedLoader(loader, watch)):
             pass
-        with watch("evaluation"):
-            engine.predict(accelerator, job.net, test_loader)
-        with watch("other"):
-            pass
+    with watch("evaluation"):
+        engine.predict(accelerator, job.net, test_loader)
+    with watch("other"):
+        pass
     return {"seconds_by": watch.seconds, "operators": _operators(profiler), "num_workers": workers}
 
 

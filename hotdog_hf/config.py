@@ -34,7 +34,7 @@ class DataConfig:
     data_dir: str = DEFAULT_DATA_DIR
     # Class that precision, recall, F1 and ROC-AUC speak of. Unset: "hotdog" where that class exists.
     positive_label: str | None = None
-    # Share of train to cut off as a stratified validation split (0: none).
+    # Share of train to cut off as a stratified validation split where the data have none (0: none).
     val_fraction: float = 0.0
     # Photos that cannot be read: end with their names, or go on without and list them in the run's folder.
     bad_images: Literal["fail", "skip"] = "fail"
@@ -125,7 +125,8 @@ class OptimConfig:
     epochs: int = 5
     # Photos per optimizer step, over all processes and accumulation steps together.
     batch_size: int = 128
-    # Cut each batch into this many forward/backward passes to save memory; the step stays the same.
+    # Cut each batch into this many forward/backward passes to save memory; the step stays the same but for
+    # BatchNorm by the batch, which sees each piece alone.
     gradient_accumulation_steps: int = 1
     # The loss of a batch is the sum over its photos (the chapter) or their mean. A learning rate for a sum
     # over 128 photos is 128 times smaller than the same step with a mean.
@@ -208,7 +209,8 @@ class RunConfig:
     seed: int = 0
     # Take only algorithms that give the same bits every time: slower on a GPU, and always so on a CPU.
     deterministic: bool = False
-    # Arithmetic. "auto": what accelerate was launched with, else bf16 on GPUs that have it, else float32.
+    # Arithmetic. "auto": bf16 or fp16 if accelerate was launched with it, else bf16 on GPUs that have it.
+    # "no" is float32 everywhere.
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     # Threads of a process on a CPU. Unset: the cores, shared out among the processes (a launcher leaves one).
     num_threads: int | None = None

@@ -21,24 +21,35 @@ def open_photos(
     Prints what the check found and a table of the counts. Raises `UserError` for what would be no data set,
     and where machines have different photos.
     """
-    skipped: list[Path] = []
+    photos, skipped, fault = None, [], None
+    # The machine's other processes find its answers in the cache.
     with accelerator.local_main_process_first():
-        if config.data_dir == DEFAULT_DATA_DIR:
-            download_photos(config.data_dir)
-        elif config.data_dir == SAMPLE_DATA_DIR:
-            draw_sample(config.data_dir)
-        if not config.data_dir.startswith(data.HUB_DATA_PREFIX):
-            # The other processes find the answers in its cache.
-            skipped, summary = check.files_to_skip(
-                config.data_dir, config.bad_images, progress=accelerator.is_main_process
-            )
-            accelerator.print(summary)
-    photos = data.load_photos(config.data_dir, config.val_fraction, seed, skip=frozenset(skipped))
+        try:
+            photos, skipped, summary = _read(config, seed, progress=accelerator.is_main_process)
+        except UserError as error:
+            fault = str(error)
+    if accelerator.num_processes > 1:
+        # All processes end on a fault of one, so that none waits for it.
+        digest = data.digest(photos, config.data_dir) if photos else None
+        found = gather_object([(fault, digest)])
+        fault = next((fault for fault, _ in found if fault), None)
+        other = next((rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]), None)
+        if other and not fault:
+            fault = f"process {other} finds other photos in {config.data_dir} than process 0: copy them anew"
+    if fault:
+        raise UserError(fault)
+    accelerator.print(summary)
     accelerator.print(data.describe(data.counts(photos)))
-    digests = gather_object([data.digest(photos, config.data_dir)]) if accelerator.num_processes > 1 else []
-    if len(set(digests)) > 1:
-        differs = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
-        raise UserError(
-            f"process {differs} finds other photos in {config.data_dir} than process 0: copy them anew"
-        )
     return photos, skipped
+
+
+def _read(config: DataConfig, seed: int, progress: bool) -> tuple[datasets.DatasetDict, list[Path], str]:
+    skipped, summary = [], "photos of the Hub are not checked"
+    if config.data_dir == DEFAULT_DATA_DIR:
+        download_photos(config.data_dir)
+    elif config.data_dir == SAMPLE_DATA_DIR:
+        draw_sample(config.data_dir)
+    if not config.data_dir.startswith(data.HUB_DATA_PREFIX):
+        skipped, summary = check.files_to_skip(config.data_dir, config.bad_images, progress=progress)
+    photos = data.load_photos(config.data_dir, config.val_fraction, seed, skip=frozenset(skipped))
+    return photos, skipped, summary

@@ -32,6 +32,7 @@ def main(args: argparse.Namespace) -> None:
         transform = transforms.Compose([*steps, transforms.ToTensor(), normalize])
         photos = datasets.ImageFolder(f"{args.data_dir}/{split}", transform)
         workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
+        workers["pin_memory"] = device == "cuda"
         return torch.utils.data.DataLoader(photos, args.batch_size, shuffle=shuffle, **workers)
 
     train_loader, test_loader = loader("train", train, shuffle=True), loader("test", test, shuffle=False)

@@ -169,12 +169,6 @@ def test_a_process_is_stopped_when_it_has_come_far_enough(tmp_path):
         python("pass", tmp_path, until=(tmp_path / "never").exists)
 
 
-def test_a_silent_process_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "SILENT_SECONDS", 0.2)
-    with pytest.raises(bench.MeasurementError, match="silent"):
-        python("import time; time.sleep(60)", tmp_path)
-
-
 def test_variants_take_turns(monkeypatch):
     variants = [bench.Variant("s", name, None, once=name == "c") for name in "abc"]
     monkeypatch.setattr(bench, "SECTIONS", {"s": lambda setup: variants, "t": lambda setup: []})
