@@ -48,7 +48,7 @@ class Progress:
     waited: float = 0.0
     # Sums over the photos seen in this epoch by each process: loss, correct, photos.
     totals: list[list[float]] = field(default_factory=list)
-    # One row of metrics for every finished epoch, and the best among them: accuracy, and the loss negated.
+    # One row of metrics for every finished epoch, and the best among them, as `metrics.quality` says it.
     rows: list[dict] = field(default_factory=list)
     best: list[float] = field(default_factory=lambda: [-1.0, 0.0])
 

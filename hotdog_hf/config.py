@@ -203,7 +203,8 @@ class RunConfig:
     resume: str | None = None
     # Go on although --epochs or --num-threads differ from the run's.
     resume_anyway: bool = False
-    # Which epoch's model is kept: the last, or the one with the best validation accuracy.
+    # Which epoch's model is kept: the last, or the one with the lowest validation loss (of those at least as
+    # accurate as a solved head was at the start).
     keep: Literal["last", "best"] = "last"
     # Seed of the head's initialisation, the order of the photos, the augmentation and the validation split.
     seed: int = 0
@@ -212,6 +213,9 @@ class RunConfig:
     # Arithmetic. "auto": bf16 or fp16 if accelerate was launched with it, else bf16 on GPUs that have it.
     # "no" is float32 everywhere.
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    # Compile the network first (torch.compile): a minute or more of waiting, which long trainings on a GPU
+    # pay back. The numbers may differ in their last digits.
+    compile: bool = False
     # Threads of a process on a CPU. Unset: the cores, shared out among the processes (a launcher leaves one).
     num_threads: int | None = None
     # Live experiment tracker, through Accelerate.
@@ -314,7 +318,7 @@ RECIPES: dict[str, TrainConfig] = {
     ),
     "best": TrainConfig(
         recipe="best",
-        data=DataConfig(train_image_size=160, min_crop_area=0.25, val_fraction=0.1),
+        data=DataConfig(min_crop_area=0.25, val_fraction=0.1),
         model=ModelConfig(head_init="probe", probe_views=4, batch_norm="source"),
         optim=OptimConfig(
             epochs=6,

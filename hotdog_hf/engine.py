@@ -67,6 +67,8 @@ def build_accelerator(
         raise UserError(
             "--precision fp16 does nothing on a CPU; use --precision no, or bf16 where the CPU has it"
         )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise UserError("leave out the launcher's --dynamo_backend and give --compile to scripts/train.py")
     # Without `cpu`, processes launched for a machine that has no GPU would not find each other.
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         # accelerate itself would go on without it

@@ -46,9 +46,13 @@ class ClassificationReport(evaluate.Metric):
         return values | {"confusion_matrix": sk.confusion_matrix(labels, chosen, labels=every).tolist()}
 
 
-def quality(scores: dict) -> list[float]:
-    """Return what makes one epoch better than another: a greater accuracy, then a lower loss."""
-    return [scores["accuracy"], -scores["loss"]]
+def quality(scores: dict, start: dict | None = None) -> list[float]:
+    """Return what makes one epoch better than another: a lower log-loss.
+
+    It tells epochs apart where accuracy, on a few photos, counts some by chance. No epoch is better than the
+    `start`, a solved head's scores, that is less accurate.
+    """
+    return [float(start is None or scores["accuracy"] >= start["accuracy"]), -scores["loss"]]
 
 
 def _one_class(truth: np.ndarray, chosen: np.ndarray, score: np.ndarray) -> dict[str, float]:

@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict] = {
     "SGD": {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 3e-4, "weight_decay": 1e-4},
     "a third of the rate": {"learning_rate": 1e-5},
     "three times the rate": {"learning_rate": 1e-4},
-    "crops at full size": {"train_image_size": None},
+    "crops of 160 pixels": {"train_image_size": 160},
     "crops from 8 %": {"min_crop_area": 0.08},
     "without the average": {"ema_decay": 0.0},
     "label smoothing 0.1": {"label_smoothing": 0.1},
@@ -80,7 +80,13 @@ class Run:
 
     def folder(self, study_dir: Path, photos: dict, num_processes: int) -> Path:
         """Return the run's folder: another one for another config, other photos, or other processes."""
-        knobs = {name: value for name, value in flatten(plain(self.config)).items() if name not in HARMLESS}
+        usual = flatten(plain(TrainConfig()))
+        # What is as usual is left out, so that a knob that is new in a later version changes no folder.
+        knobs = {
+            name: value
+            for name, value in flatten(plain(self.config)).items()
+            if name not in HARMLESS and value != usual[name]
+        }
         facts = json.dumps([knobs, photos, num_processes], sort_keys=True)
         return study_dir / f"{self.name}-seed{self.seed}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
 
@@ -107,7 +113,10 @@ class Result:
     def validation(self) -> dict:
         """Return the validation scores of the kept epoch: the best, or the last."""
         epochs = [scores_of(row, "validation") for row in self.rows[:-1]]
-        return max(epochs, key=quality) if self.run.config.run.keep == "best" else epochs[-1]
+        if self.run.config.run.keep == "last":
+            return epochs[-1]
+        start = epochs[0] if self.rows[0]["epoch"] == 0 else None
+        return max(epochs, key=lambda scores: quality(scores, start))
 
 
 def override(config: TrainConfig, **knobs: object) -> TrainConfig:

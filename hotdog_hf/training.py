@@ -117,6 +117,8 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
     resting = model.resting_modules(
         trained, body=config.model.freeze_body, batch_norm=config.model.batch_norm == "source"
     )
+    if config.run.compile:
+        trained.compile()  # in place, so that the weights keep their names
     trained, optimizer = accelerator.prepare(trained, optimizer)
 
     # The run's folder, made last of all that can be refused, so that a refused start leaves nothing behind.
@@ -222,7 +224,8 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
         row |= {f"{watched}_{name}": value for name, value in scores.items()}
         say(run.describe_epoch(row, watched))
         engine.log(accelerator, run.numbers(row), step=epoch)
-        quality = metrics.quality(scores)
+        start = run.scores_of(progress.rows[0], watched) if solved and epoch > 0 else None
+        quality = metrics.quality(scores, start)
         improved = quality > progress.best
         progress = checkpoint.Progress(
             epoch=epoch + 1,

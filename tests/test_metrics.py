@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from hotdog_hf.metrics import ClassificationReport
+from hotdog_hf.metrics import ClassificationReport, quality
 
 
 def random_case(classes, count=101):
@@ -69,3 +69,11 @@ def test_batches_add_up():
     for start in range(0, len(labels), 10):
         report.add_batch(predictions=scores[start : start + 10], references=labels[start : start + 10])
     assert report.compute() == report.compute(predictions=scores, references=labels)
+
+
+def test_an_epoch_is_better_by_its_loss_but_not_below_the_accuracy_of_a_solved_head():
+    start = {"accuracy": 0.8, "loss": 0.5}
+    worse, better = {"accuracy": 0.7, "loss": 0.1}, {"accuracy": 0.8, "loss": 0.4}
+    ranked = [quality(scores, start) for scores in (worse, start, better)]
+    assert ranked == sorted(ranked) and ranked[0] < ranked[1] < ranked[2]
+    assert quality(worse) > quality(better)
