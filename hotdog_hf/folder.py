@@ -4,13 +4,18 @@ A data folder is `train/<class>/*` and `test/<class>/*`, optionally `validation/
 """
 
 import difflib
+import hashlib
 import os
 import re
+import shutil
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+from tqdm import tqdm
+
 from hotdog_hf.errors import UserError
+from hotdog_hf.files import replacing_folder, writing_to
 from hotdog_hf.images import IMAGE_SUFFIXES
 
 SPLIT_FOLDERS = {
@@ -53,9 +58,52 @@ def list_photos(data_dir: str | os.PathLike) -> Photos:
         elif split != "validation":
             found = ", ".join(sorted(p.name for p in root.iterdir())[:10]) or "nothing"
             raise UserError(
-                f"no {split}/ in {root} (found: {found}); a data folder has train/<class>/ and test/<class>/"
+                f"no {split}/ in {root} (found: {found}); a data folder has train/<class>/ and test/<class>/,"
+                " which `python scripts/split.py` makes of <class>/ folders"
             )
     return files
+
+
+def split_folder(
+    source: str | os.PathLike, target: str | os.PathLike, shares: dict[str, float], seed: int
+) -> Photos:
+    """Make the data folder `target` of the photos in `source/<class>/*`, with these shares beside train.
+
+    Files are linked where the disk allows, else copied. What a file holds decides where it goes, so that a
+    photo under two names stays on one side. Raises `UserError` for a folder of another form, a class of too
+    few photos, or a target that exists.
+    """
+    root, made = Path(source), Path(target)
+    if made.exists():
+        raise UserError(f"{made} exists already; give another folder to make")
+    if not root.is_dir():
+        raise UserError(f"no such folder: {root}")
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
+    classes = {path.name: files for path in folders if (files := _image_files(path))}
+    if {"train", "test"} <= classes.keys():
+        raise UserError(f"{root} has train/ and test/ already; use it as it is")
+    if len(classes) < 2:
+        found = ", ".join(classes) or "none"
+        raise UserError(f"{root} needs at least two folders of photos, one a class; found {found}")
+    salt = str(seed).encode()
+    with writing_to(made), replacing_folder(made) as part:
+        for name, files in classes.items():
+            bar = tqdm(files, desc=name, unit="img", leave=False, disable=None)
+            digests = {path: hashlib.sha256(salt + path.read_bytes()).digest() for path in bar}
+            order = sorted(set(digests.values()))
+            counts = {split: max(round(share * len(order)), 1) for split, share in shares.items()}
+            if sum(counts.values()) >= len(order):
+                raise UserError(f"{root / name} has too few photos to split: {len(order)}")
+            splits = [split for split, count in counts.items() for _ in range(count)]
+            split_of = dict(zip(order, splits, strict=False))
+            for path, digest in digests.items():
+                place = part / split_of.get(digest, "train") / name / path.relative_to(root / name)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(path.resolve(), place)
+                except OSError:  # another disk, or one without links
+                    shutil.copy2(path, place)
+    return find_photos(made)
 
 
 def is_hidden(name: str) -> bool:
