@@ -106,3 +106,34 @@ def test_a_missing_tracker_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[wandb\]"'):
         engine.build_accelerator("no", "wandb")
+
+
+def test_a_launcher_that_compiles_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(UserError, match="--dynamo_backend and give --compile"):
+        engine.build_accelerator()
+
+
+def test_a_compiled_network_learns_the_same_and_keeps_its_names(
+    tiny_weights, photos_dir, tmp_path, monkeypatch
+):
+    """Traced but not translated, which would take a compiler and a minute."""
+    from test_resume import numbers_of, train_here  # which imports this module
+
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def traced(self):
+        compiled.append(self)
+        compile_module(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    for name, flags in (("plain", ()), ("compiled", ("--compile",))):
+        train_here(tiny_weights, photos_dir, tmp_path / name, "--epochs", 1, "--ema-decay", 0.5, *flags)
+    assert len(compiled) == 1
+    plain, ours = (numbers_of(tmp_path / name)[-1] for name in ("plain", "compiled"))
+    assert ours["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
+    weights = [
+        safetensors.torch.load_file(tmp_path / name / "model/model.safetensors")
+        for name in ("plain", "compiled")
+    ]
+    assert weights[0].keys() == weights[1].keys()
