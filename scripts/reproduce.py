@@ -67,13 +67,11 @@ class ReproduceConfig:
 def main(config: ReproduceConfig) -> None:
     """Plan the runs, train those that are missing, and write what they say."""
     # Imported here so that --help and a mistyped flag answer before torch is loaded.
-    import shlex
-    import sys
     from pathlib import Path
 
     from hotdog_hf import data, engine, files, model, photos, plots, study
     from hotdog_hf.config import DataConfig
-    from hotdog_hf.run import StopSignal
+    from hotdog_hf.run import StopSignal, resume_command
     from hotdog_hf.training import train
 
     study_dir = Path(config.output_dir)
@@ -144,7 +142,7 @@ def main(config: ReproduceConfig) -> None:
                 results,
                 zero,
                 {
-                    "command": shlex.join(["accelerate", "launch", *sys.argv]),
+                    "command": resume_command(study_dir),
                     "counts_table": data.describe(counts),
                     "hardware": engine.describe_hardware(accelerator),
                     "versions": engine.describe_versions(),
