@@ -67,6 +67,7 @@ def assert_same_run(run_dir, reference):
         safetensors.torch.load_file(folder / "model/model.safetensors") for folder in (run_dir, reference)
     )
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert (run_dir / "predictions.csv").read_bytes() == (reference / "predictions.csv").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_very_bit(
         kills += 1
     out, err = process.communicate()
     assert process.returncode == 0, err
+    print(f"{kills} kills, each resumed")
     assert kills == 0 or "resumed from" in out
     assert_same_run(run_dir, reference)
     assert len(list((run_dir / "checkpoints").iterdir())) <= 3, "two are kept, and one may be half written"
