@@ -71,7 +71,7 @@ class Measured:
         """Return the value of each round."""
         rounds = self.by.get(section, {}).get(variant, {})
         if section == "accuracy":
-            return _seconds_to_accuracy(self.by["accuracy"], variant)
+            return _seconds_to_accuracy(self.by.get("accuracy", {}), variant)
         return {number: row["value"] for number, row in rounds.items()}
 
     def spread(self, section: str, variant: str) -> Spread | None:

@@ -210,7 +210,7 @@ def test_every_target_speaks_of_something_that_is_measured(photos_dir, tiny_weig
             {"section": name, "variant": variant.name, "round": 0} | numbers for variant in section(setup)
         ]
     measured = bench_report.Measured(rows)
-    assert len(bench_report.targets(measured)) == 10
+    assert len(bench_report.targets(measured)) == 11
     assert all(
         bench_report.baseline_of(measured, name) in [None, *measured.variants(name)]
         for name in bench.SECTIONS
