@@ -158,7 +158,7 @@ def fake(run_, accuracy, validation=None, loss=0.5, folder=None):
 def test_the_grid_chooses_by_validation_alone():
     runs = study.runs_of("grid", 1, {})
     results = [fake(run_, accuracy=index / 100, validation=0.5) for index, run_ in enumerate(runs)]
-    results[4] = fake(runs[4], accuracy=0.0, validation=0.9)
+    results[4] = fake(runs[4], accuracy=0.0, validation=0.9, loss=0.4)
     results[5] = fake(runs[5], accuracy=1.0, validation=0.9, loss=0.6)
     chosen = study.tuned(results, "finetune")
     assert chosen.config.optim == runs[4].config.optim and chosen.config.data.val_fraction == 0
