@@ -22,7 +22,7 @@ from pathlib import Path
 from hotdog_hf.config import RECIPES
 from hotdog_hf.errors import UserError, message_of
 from hotdog_hf.files import write_json
-from hotdog_hf.machine import allowed_cores
+from hotdog_hf.machine import allowed_cores, cache_dir
 
 POLL_SECONDS = 0.02
 # What every measured process gets: its lines come when they are written, and no look at the Hub takes time.
@@ -198,7 +198,7 @@ def run_process(
 
 def _fresh_cache(folder: Path) -> dict[str, str]:
     """Return the environment of a process that finds none of hotdog_hf's caches, but the libraries' own."""
-    before = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    before = cache_dir().parent
     hub = os.environ.get("HF_HOME") or str(before / "huggingface")
     fonts = os.environ.get("MPLCONFIGDIR") or str(before / "matplotlib")
     return {"XDG_CACHE_HOME": str(folder.resolve()), "HF_HOME": hub, "MPLCONFIGDIR": fonts}
@@ -378,8 +378,16 @@ def _trained(ended: Ended, run_dir: Path, setup: Setup) -> dict:
     }
 
 
-def _ours(setup: Setup, folder: Path, recipe: str, *words: object, launcher: tuple = ()) -> Ended:
-    """Run scripts/train.py without any cache."""
+def _ours(
+    setup: Setup,
+    folder: Path,
+    recipe: str,
+    *words: object,
+    launcher: tuple = (),
+    cache: str | None = None,
+    until: Callable[[], bool] | None = None,
+) -> Ended:
+    """Run scripts/train.py to `folder`/run, with the caches called `cache`, or without any."""
     run_dir = folder / "run"
     script, flags = setup.script("train.py"), setup.train_flags(run_dir, recipe, *words)
     command = [*map(str, launcher), script[1], *flags] if launcher else [*script, *flags]
@@ -387,7 +395,8 @@ def _ours(setup: Setup, folder: Path, recipe: str, *words: object, launcher: tup
         command,
         folder,
         watched=run_dir / "metrics.jsonl",
-        env=_fresh_cache(setup.work / "cache" / folder.name),
+        until=until,
+        env=_fresh_cache(setup.work / "cache" / (cache or folder.name)),
     )
 
 
@@ -451,22 +460,17 @@ def accuracy(setup: Setup) -> list[Variant]:
 
     def recipe(name: str, cached: bool = False) -> Callable[[Path, int], dict]:
         def measure(folder: Path, seed: int) -> dict:
-            cache = _fresh_cache(setup.work / "cache" / f"{name}-{seed}")
-            if cached and not Path(cache["XDG_CACHE_HOME"]).exists():
-                _once(folder / "before", name, seed, cache)
-            ended = _once(folder, name, seed, cache)
+            cache = f"{name}-{seed}"
+            if cached and not (setup.work / "cache" / cache).exists():
+                (folder / "before").mkdir()
+                _ours(setup, folder / "before", name, "--seed", seed, cache=cache)
+            ended = _ours(setup, folder, name, "--seed", seed, cache=cache)
             curve = [[seconds, row["test_accuracy"]] for seconds, row in ended.rows if "test_accuracy" in row]
             last = ended.rows[-1][1]["test_accuracy"]
-            return {"curve": curve, "test_accuracy": last, "seconds_in_all": ended.seconds} | {
-                "command": ended.command
-            }
+            facts = {"seconds_in_all": ended.seconds, "command": ended.command}
+            return {"curve": curve, "test_accuracy": last, **facts}
 
         return measure
-
-    def _once(folder: Path, name: str, seed: int, cache: dict[str, str]) -> Ended:
-        folder.mkdir(exist_ok=True)
-        words = setup.script("train.py", *setup.train_flags(folder / "run", name, "--seed", seed))
-        return run_process(words, folder, watched=folder / "run/metrics.jsonl", env=cache)
 
     variants = []
     for name in setup.recipes:
@@ -586,15 +590,9 @@ def startup(setup: Setup) -> list[Variant]:
         return measure
 
     def first_step(folder: Path, _round: int) -> dict:
-        run_dir = folder / "run"
         flags = ("--epochs", 1, "--batch-size", min(8, setup.train), "--checkpoint-every", 1)
-        words = setup.script("train.py", *setup.train_flags(run_dir, "chapter", *flags))
-        ended = run_process(
-            words,
-            folder,
-            until=(run_dir / "checkpoints/step-00000001").exists,
-            env=_fresh_cache(setup.work / "cache" / folder.name),
-        )
+        done = folder / "run/checkpoints/step-00000001"
+        ended = _ours(setup, folder, "chapter", *flags, until=done.exists)
         return {"value": ended.until_seconds, "command": ended.command}
 
     def first_prediction(model_file: Path) -> Callable[[Path, int], dict]:

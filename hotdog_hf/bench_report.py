@@ -6,22 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
+from hotdog_hf import templates
 from hotdog_hf.files import write_text
 
-# How each section's `value` reads: what it is, its unit, and whether more of it is better.
+# How each section's `value` reads: what it is, and its unit.
 TITLES = {
-    "training": ("Training, whole epochs", "photos/s", True),
-    "accuracy": ("Seconds to the chapter's accuracy", "s", False),
-    "frozen": ("An epoch after the first, the body frozen", "s", False),
-    "prediction": ("Prediction on a folder", "photos/s", True),
-    "memory": ("Peak memory against the size of the data set", "MiB", False),
-    "processes": ("Processes on one machine", "photos/s", True),
-    "startup": ("Start-up", "s", False),
-    "profile": ("Where the time goes", "s", False),
-    "exact": ("The same numbers whatever the loading", "", False),
+    "training": ("Training, whole epochs", "photos/s"),
+    "accuracy": ("Seconds to the chapter's accuracy", "s"),
+    "frozen": ("An epoch after the first, the body frozen", "s"),
+    "prediction": ("Prediction on a folder", "photos/s"),
+    "memory": ("Peak memory against the size of the data set", "MiB"),
+    "processes": ("Processes on one machine", "photos/s"),
+    "startup": ("Start-up", "s"),
+    "profile": ("Where the time goes", "s"),
+    "exact": ("The same numbers whatever the loading", ""),
 }
 # With more than this, other work ran beside the benchmark when it started.
 QUIET_LOAD = 0.5
@@ -261,13 +261,7 @@ def write_report(folder: Path, results: dict) -> str:
     measured, facts = Measured(results["measurements"]), results["facts"]
     sections = [name for name in TITLES if measured.variants(name)]
     pictures = {name: draw(folder, measured, name) for name in sections if name != "exact"}
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hotdog_hf", "."),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    text = environment.get_template("bench.md.j2").render(
+    text = templates.load("bench.md.j2").render(
         facts=facts,
         titles=TITLES,
         sections=sections,
@@ -319,7 +313,7 @@ def draw(folder: Path, measured: Measured, section: str) -> str:
     from matplotlib import pyplot as plt
 
     name = f"{section}.png"
-    title, unit, _ = TITLES[section]
+    title, unit = TITLES[section]
     if section == "profile":
         figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
         _stacked_bar(axes, activities(measured))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's usual name)
 from accelerate import Accelerator
@@ -39,7 +40,8 @@ def prepare(
     rows, _ = photos.open_photos(DataConfig(data_dir=data_dir), 0, accelerator)
     label_names = rows["train"].features["label"].names
     source = model.load_source(name, weights, image_size)
-    _save_tensors(source.state_dict(), folder / "source.safetensors")
+    tensors = {key: value.contiguous() for key, value in source.state_dict().items()}
+    safetensors.torch.save_file(tensors, folder / "source.safetensors")
     data_config = model.source_data_config(source, "chapter", image_size)
     hub.save_model(model.replace_head(source, label_names, data_config), folder / "model")
     not_exported = None
@@ -60,12 +62,6 @@ def prepare(
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    import safetensors.torch
-
-    safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, path)
 
 
 class Job(NamedTuple):

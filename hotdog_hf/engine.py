@@ -69,12 +69,11 @@ def build_accelerator(
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UserError("leave out the launcher's --dynamo_backend and give --compile to scripts/train.py")
-    # Without `cpu`, processes launched for a machine that has no GPU would not find each other.
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         # accelerate itself would go on without it
         raise UserError(f'--tracker {tracker} is not installed: pip install -e ".[{tracker}]"')
     accelerator = Accelerator(
-        cpu=on_cpu,
+        cpu=on_cpu,  # without it, processes launched for a machine that has no GPU would not find each other
         mixed_precision=precision,
         log_with=None if tracker == "none" else tracker,
         project_dir=".",  # until the run's folder is known,

@@ -44,7 +44,7 @@ def of_split(
 ) -> FeatureDataset:
     """Return the features of a split's photos, preprocessed as for evaluation, on every process."""
     photo_set = PhotoDataset(splits[split], eval_transform(data_config), seed)
-    facts = [manifest({split: splits[split]}, data_dir), str(Path(data_dir).absolute()), data_config]
+    facts = _facts(splits, split, data_dir, data_config)
     return pooled_features(
         accelerator, net, photo_set, facts, batch_size=BATCH_SIZE, num_workers=num_workers, title=split
     )
@@ -64,9 +64,8 @@ def of_crops(
     num_workers: int = 0,
 ) -> list[FeatureDataset]:
     """Return the features of `count` random crops of each photo, of the size of evaluation."""
-    crop = train_transform(data_config, None, min_crop_area)
-    facts = [manifest({split: splits[split]}, data_dir), str(Path(data_dir).absolute()), data_config]
-    views = []
+    crop, views = train_transform(data_config, None, min_crop_area), []
+    facts = _facts(splits, split, data_dir, data_config) if count else []
     for view in range(1, count + 1):
         photo_set = PhotoDataset(splits[split], crop, mix(seed, view))
         knobs = {"batch_size": BATCH_SIZE, "num_workers": num_workers, "title": f"crops {view}/{count}"}
@@ -74,6 +73,11 @@ def of_crops(
             pooled_features(accelerator, net, photo_set, [*facts, min_crop_area, seed, view], **knobs)
         )
     return views
+
+
+def _facts(splits: datasets.DatasetDict, split: str, data_dir: str, data_config: dict) -> list:
+    """Say which photos these are and how they are prepared; it looks at every file's size and time."""
+    return [manifest({split: splits[split]}, data_dir), str(Path(data_dir).absolute()), data_config]
 
 
 def pooled_features(

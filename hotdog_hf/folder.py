@@ -50,11 +50,7 @@ def list_photos(data_dir: str | os.PathLike) -> Photos:
                 f"{root} has several {split} folders: {', '.join(p.name for p in present)}; keep one"
             )
         if present:
-            files[split] = {
-                folder.name: _image_files(folder)
-                for folder in sorted(present[0].iterdir())
-                if folder.is_dir() and not is_hidden(folder.name)
-            }
+            files[split] = _classes(present[0])
         elif split != "validation":
             found = ", ".join(sorted(p.name for p in root.iterdir())[:10]) or "nothing"
             raise UserError(
@@ -78,8 +74,7 @@ def split_folder(
         raise UserError(f"{made} exists already; give another folder to make")
     if not root.is_dir():
         raise UserError(f"no such folder: {root}")
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
-    classes = {path.name: files for path in folders if (files := _image_files(path))}
+    classes = {name: files for name, files in _classes(root).items() if files}
     if {"train", "test"} <= classes.keys():
         raise UserError(f"{root} has train/ and test/ already; use it as it is")
     if len(classes) < 2:
@@ -109,6 +104,15 @@ def split_folder(
 def is_hidden(name: str) -> bool:
     """Tell hidden and system names: `._photo.jpg` of a Mac's zip, `.ipynb_checkpoints`, `Thumbs.db`."""
     return name.startswith(".") or name in SYSTEM_NAMES
+
+
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    """List the image files of every class folder in `folder`."""
+    return {
+        path.name: _image_files(path)
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not is_hidden(path.name)
+    }
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import captum.attr
-import jinja2
 import matplotlib
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from PIL import Image
 from sklearn import metrics as sk
 
 import hotdog_hf
+from hotdog_hf import templates
 from hotdog_hf.card import CARD_METRICS
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.files import replacing_folder, writing_to
@@ -296,14 +296,7 @@ def _page(
         picture |= {"file": printable(files[index]), "label": names[labels[index]]}
         picture |= {"chosen": names[chosen[index]], "probability": probabilities[index].max()}
         picture["right"] = chosen[index] == labels[index]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # of every name, whatever the template is called
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return templates.load("report.html.j2", autoescape=True).render(
         summary,
         title=printable(summary["model"]),
         shown_data_dir=printable(summary["data_dir"]),

@@ -8,12 +8,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import scipy.stats
 import torch
 from sklearn import metrics as sk
 
+from hotdog_hf import templates
 from hotdog_hf.checkpoint import HARMLESS
 from hotdog_hf.config import RECIPES, TrainConfig, command_of, flatten, plain
 from hotdog_hf.data import FeatureDataset
@@ -486,15 +486,12 @@ def curves(results: list[Result]) -> dict[str, tuple[list[int], list[float]]]:
 def write_study(study_dir: Path, results: list[Result], zero: dict | None, facts: dict) -> None:
     """Write `README.md` and `results.csv` of the study; `facts` has what the template says of the machine."""
     rows = summaries(results)
-    loader = jinja2.PackageLoader("hotdog_hf", ".")
-    environment = jinja2.Environment(
-        loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    template = templates.load(
+        "study.md.j2",
+        percent=lambda value: "" if value is None else f"{value:.1%}",
+        points=lambda pair: "" if pair is None else f"{pair[0] * 100:.1f} to {pair[1] * 100:.1f}",
     )
-    environment.filters["percent"] = lambda value: "" if value is None else f"{value:.1%}"
-    environment.filters["points"] = lambda pair: (
-        "" if pair is None else f"{pair[0] * 100:.1f} to {pair[1] * 100:.1f}"
-    )
-    text = environment.get_template("study.md.j2").render(
+    text = template.render(
         rows=rows.values(),
         answers=answers(rows, results, zero),
         zero=zero,

@@ -7,7 +7,7 @@ python scripts/benchmark.py --photos 20 --repeats 1 --epochs 1      # minutes, t
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
@@ -43,17 +43,7 @@ class BenchmarkConfig:
     # How often each thing is measured, in turns; the seeds are 0, 1, ...
     repeats: int = 3
     # Sections to measure. The others stay as they are, if measured on the same machine with the same knobs.
-    only: tuple[Section, ...] = (
-        "startup",
-        "prediction",
-        "profile",
-        "memory",
-        "frozen",
-        "exact",
-        "training",
-        "processes",
-        "accuracy",
-    )
+    only: tuple[Section, ...] = get_args(Section)
     # Recipes of the section "accuracy"; "chapter" says which accuracy is to be reached.
     recipes: tuple[str, ...] = ("chapter", "frozen", "probe", "best")
     # Threads on a CPU, for ours and the others alike. Unset: all cores.
