@@ -20,6 +20,7 @@ import numpy as np
 
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.images import IMAGE_SUFFIXES, decode_image, preprocess
+from hotdog_hf.machine import keep_freed_memory
 
 MAX_DECODERS = 8
 NEEDS_ONNX = 'this needs onnx and onnxruntime: pip install -e ".[onnx]"'
@@ -52,6 +53,8 @@ def _load_saved(name: str | os.PathLike) -> Predictor:
     from hotdog_hf import hub, model
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
     net = hub.load_model(name).to(device, memory_format=torch.channels_last)
 
     @torch.inference_mode()
