@@ -49,6 +49,10 @@ class DataConfig:
     min_crop_area: float = 0.08
     # Side of the training crops in pixels, where it is to differ from the test's.
     train_image_size: int | None = None
+    # Read train as it is needed, for data larger than a disk: of the Hub, or a folder of Parquet shards.
+    streaming: bool = False
+    # Photos among which a stream is shuffled; its shards are shuffled whole.
+    shuffle_buffer: int = 1000
     # Loader processes. Unset: one for every 16 cores of a CPU, which the network needs; up to 8 a GPU.
     num_workers: int | None = None
 
@@ -64,6 +68,19 @@ class DataConfig:
         _require(size is None or size >= 16, "--train-image-size", size, "is at least 16")
         _require(
             0 < self.min_crop_area <= 1, "--min-crop-area", self.min_crop_area, "is above 0 and at most 1"
+        )
+        _require(self.shuffle_buffer >= 1, "--shuffle-buffer", self.shuffle_buffer, "is 1 or more")
+        _require(
+            not (self.streaming and self.val_fraction),
+            "--val-fraction",
+            self.val_fraction,
+            "cannot be cut from a stream: give the data a validation split, and --val-fraction 0",
+        )
+        _require(
+            not (self.streaming and self.bad_images == "skip"),
+            "--bad-images",
+            self.bad_images,
+            "needs a check of all photos, which --streaming does not make",
         )
         _require(
             self.num_workers is None or self.num_workers >= 0,
@@ -282,6 +299,13 @@ class TrainConfig:
             "--augmentation",
             self.data.augmentation,
             "gives other features in every epoch: --cache-features needs none",
+        )
+        all_features = self.model.head_init in SOLVED_HEADS or self.model.cache_features
+        _require(
+            not (self.data.streaming and all_features),
+            "--streaming",
+            True,
+            "cannot hold the features of all photos: leave out --cache-features, and use --head-init xavier",
         )
         views = self.model.probe_views
         _require(views >= 0, "--probe-views", views, "is 0 or more")

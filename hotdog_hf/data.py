@@ -76,7 +76,9 @@ def _read_hub(repo: str) -> dict[str, datasets.Dataset]:
     with hub_errors(repo):
         loaded = datasets.load_dataset(repo)
     split_of = {alias: split for split, aliases in SPLIT_FOLDERS.items() for alias in aliases}
-    splits = {split_of[name]: _two_columns(repo, rows) for name, rows in loaded.items() if name in split_of}
+    splits = {split_of[name]: two_columns(repo, rows) for name, rows in loaded.items() if name in split_of}
+    if unlabelled := sum(label < 0 for rows in splits.values() for label in rows["label"]):
+        raise UserError(f"{repo}: {unlabelled} photos have no label")
     if missing := {"train", "test"} - set(splits):
         raise UserError(
             f"{repo} has the splits {', '.join(loaded)}; {' and '.join(sorted(missing))} is missing"
@@ -89,16 +91,19 @@ def _read_hub(repo: str) -> dict[str, datasets.Dataset]:
     return splits
 
 
-def _two_columns(repo: str, rows: datasets.Dataset) -> datasets.Dataset:
+def two_columns(
+    repo: str, rows: datasets.Dataset | datasets.IterableDataset
+) -> datasets.Dataset | datasets.IterableDataset:
     """Return the image and label columns under these names, images undecoded."""
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(images) != 1 or len(labels) != 1:
         columns = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in rows.features.items())
         raise UserError(f"{repo} must have one Image and one ClassLabel column, but has {columns}")
-    rows = rows.select_columns([*images, *labels]).rename_columns({images[0]: "image", labels[0]: "label"})
-    if unlabelled := sum(label < 0 for label in rows["label"]):
-        raise UserError(f"{repo}: {unlabelled} photos have no label")
+    names = {images[0]: "image", labels[0]: "label"}
+    rows = rows.select_columns(list(names))
+    # A stream's columns cannot be renamed to what they are called.
+    rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
@@ -112,15 +117,28 @@ def _cut_validation(
     return {"train": cut["train"], "validation": cut["test"]}
 
 
+class StreamedSplit:
+    """Stands for a split that is read as it is needed: its classes, its size, and its photos in turn."""
+
+    def __init__(self, name: str, stream: datasets.IterableDataset, counts: list[int], fingerprint: str):
+        """Take rows of `image` (undecoded) and `label`, the photos of each class, and what tells a change."""
+        self.name, self.stream, self.counts, self._fingerprint = name, stream, counts, fingerprint
+        self.features, self.num_shards = stream.features, stream.num_shards
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+
 def counts(photos: datasets.DatasetDict) -> dict[str, dict[str, int]]:
     """Return the number of photos by split and class name."""
     label_names = photos["train"].features["label"].names
-    return {
-        split: dict(
-            zip(label_names, np.bincount(rows["label"][:], minlength=len(label_names)).tolist(), strict=True)
-        )
-        for split, rows in photos.items()
-    }
+
+    def count(rows: datasets.Dataset | StreamedSplit) -> list[int]:
+        if isinstance(rows, StreamedSplit):
+            return rows.counts
+        return np.bincount(rows["label"][:], minlength=len(label_names)).tolist()
+
+    return {split: dict(zip(label_names, count(rows), strict=True)) for split, rows in photos.items()}
 
 
 def describe(counts: dict[str, dict[str, int]]) -> str:
@@ -140,11 +158,11 @@ def push_photos(photos: datasets.DatasetDict, repo: str, *, private: bool = Fals
 def manifest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> dict[str, list[int]]:
     """Return what tells whether photos have changed: each file's size and time by its path in the folder.
 
-    Photos of the Hub stand as one entry a split, with the fingerprint that `datasets` gives it.
+    Photos that are no files there stand as one entry a split, with the fingerprint that `datasets` gives it.
     """
     entries = {}
     for split, rows in photos.items():
-        if str(data_dir).startswith(HUB_DATA_PREFIX):
+        if not _are_files(rows, data_dir):
             entries[f"{data_dir}/{split}"] = [rows._fingerprint, len(rows)]
             continue
         for row, name in zip(rows, names_of(rows, data_dir), strict=True):
@@ -155,20 +173,28 @@ def manifest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> dict[
 
 def digest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> str:
     """Hash which photos there are, in which order, by their names and labels."""
-    on_hub = str(data_dir).startswith(HUB_DATA_PREFIX)
     facts = {
-        split: [rows._fingerprint if on_hub else names_of(rows, data_dir), rows["label"][:]]
+        split: [names_of(rows, data_dir), rows["label"][:]]
+        if _are_files(rows, data_dir)
+        else [rows._fingerprint, len(rows)]
         for split, rows in photos.items()
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def names_of(rows: datasets.Dataset, data_dir: str | os.PathLike) -> list[str]:
-    """Return each photo's path within the folder, or its number where it came without one."""
+    """Return each photo's path within the folder, or the name that it came with, or its number."""
     paths = (row["image"]["path"] for row in rows)
-    return [
-        str(number) if path is None else os.path.relpath(path, data_dir) for number, path in enumerate(paths)
-    ]
+    if _are_files(rows, data_dir):
+        return [os.path.relpath(path, data_dir) for path in paths]
+    return [str(number) if path is None else path for number, path in enumerate(paths)]
+
+
+def _are_files(rows: datasets.Dataset | StreamedSplit, data_dir: str | os.PathLike) -> bool:
+    """Tell whether photos are files of a data folder: not of the Hub, and not of shards."""
+    if str(data_dir).startswith(HUB_DATA_PREFIX) or isinstance(rows, StreamedSplit):
+        return False
+    return rows[0]["image"]["bytes"] is None
 
 
 def resolve_positive(label_names: list[str], positive_label: str | None) -> str | None:
@@ -235,6 +261,16 @@ def train_transform(
     )
 
 
+def seeded_transform(
+    transform: Callable[[Image.Image], torch.Tensor], photo: Image.Image, *numbers: int
+) -> torch.Tensor:
+    """Return the transformed photo, float [3, H, W], where what is drawn follows from the numbers alone."""
+    with torch.random.fork_rng(devices=[]):
+        # The CPU generator only: torch.manual_seed would reset the GPU's as well, photo by photo.
+        torch.default_generator.manual_seed(mix(*numbers))
+        return transform(photo)
+
+
 class PhotoDataset(torch.utils.data.Dataset):
     """Photos as `{"pixel_values": float [3, H, W], "labels": int}`.
 
@@ -265,10 +301,7 @@ class PhotoDataset(torch.utils.data.Dataset):
 
     def pixel_values(self, epoch: int, index: int) -> torch.Tensor:
         """Return the transformed photo, float [3, H, W]."""
-        with torch.random.fork_rng(devices=[]):
-            # The CPU generator only: torch.manual_seed would reset the GPU's as well, photo by photo.
-            torch.default_generator.manual_seed(mix(self.seed, epoch, index))
-            return self.transform(read_photo(self.rows[index]))
+        return seeded_transform(self.transform, read_photo(self.rows[index]), self.seed, epoch, index)
 
     def name_of(self, index: int) -> str:
         """Return the file of a photo, for messages."""
@@ -336,6 +369,13 @@ def train_loader(
 ) -> torch.utils.data.DataLoader:
     """Return batches of one optimizer step each: this process's share of `batch_size` photos, shuffled."""
     sampler = StepSampler(len(dataset), batch_size, dataset.seed, rank, world_size)
+    return step_loader(dataset, sampler, num_workers)
+
+
+def step_loader(
+    dataset: torch.utils.data.Dataset, sampler: torch.utils.data.Sampler, num_workers: int
+) -> torch.utils.data.DataLoader:
+    """Return the loader of a sampler that yields the keys of one optimizer step at a time."""
     return _loader(dataset, num_workers, batch_sampler=sampler, persistent_workers=num_workers > 0)
 
 
@@ -360,7 +400,9 @@ def _end_workers() -> None:
         child.kill()
 
 
-def _loader(dataset: PhotoDataset, num_workers: int, **batching: object) -> torch.utils.data.DataLoader:
+def _loader(
+    dataset: torch.utils.data.Dataset, num_workers: int, **batching: object
+) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(
         dataset,
         worker_init_fn=_ignore_signals,

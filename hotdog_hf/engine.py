@@ -338,9 +338,14 @@ def on_main(accelerator: Accelerator, function: Callable[[], object]) -> object:
 
 def agree(accelerator: Accelerator, flag: bool) -> bool:
     """Return whether any process has `flag` set; every process gets the same answer."""
+    return total(accelerator, int(flag)) > 0
+
+
+def total(accelerator: Accelerator, number: int) -> int:
+    """Return the sum over all processes."""
     if accelerator.num_processes == 1:
-        return flag
-    return accelerator.reduce(torch.tensor(int(flag), device=accelerator.device)).item() > 0
+        return number
+    return int(accelerator.reduce(torch.tensor(number, device=accelerator.device)).item())
 
 
 def _batch_totals(loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -110,7 +110,8 @@ def build_schedule(
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+        # A stream may have some steps more, if its processes do not all have as many photos.
+        progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
         return {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}[
             schedule
         ]

@@ -6,7 +6,7 @@ import datasets
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from hotdog_hf import check, data
+from hotdog_hf import check, data, stream
 from hotdog_hf.config import DEFAULT_DATA_DIR, SAMPLE_DATA_DIR, DataConfig
 from hotdog_hf.download import download_photos
 from hotdog_hf.errors import UserError
@@ -44,6 +44,9 @@ def open_photos(
 
 
 def _read(config: DataConfig, seed: int, progress: bool) -> tuple[datasets.DatasetDict, list[Path], str]:
+    if config.streaming:
+        photos = stream.open_stream(config.data_dir, progress)
+        return photos, [], f"train is streamed in {photos['train'].num_shards} shards; photos are not checked"
     skipped, summary = [], "photos of the Hub are not checked"
     if config.data_dir == DEFAULT_DATA_DIR:
         download_photos(config.data_dir)

@@ -1,6 +1,7 @@
 """One training run from photos to a saved, judged model. The loop lies open in `train`."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from hotdog_hf import (
     photos,
     plots,
     run,
+    stream,
 )
 from hotdog_hf.config import SOLVED_HEADS, TrainConfig, flatten, plain
 from hotdog_hf.errors import UserError, message_of
@@ -66,7 +68,11 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
     accumulation = config.optim.gradient_accumulation_steps
     eval_batch = engine.pass_size(accelerator, config.optim.batch_size, accumulation)
     as_in_test = data.eval_transform(data_config)
-    sets = {split: data.PhotoDataset(splits[split], as_in_test, config.run.seed) for split in splits}
+    sets = {
+        split: data.PhotoDataset(rows, as_in_test, config.run.seed)
+        for split, rows in splits.items()
+        if not isinstance(rows, data.StreamedSplit)
+    }
     solved, seen = config.model.head_init in SOLVED_HEADS, {}
     for split in splits if config.model.cache_features else ["train"] if solved else []:
         place = (splits, split, config.data.data_dir, data_config)
@@ -83,16 +89,27 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
         )
         heads.solve(net, config.model.head_init, seen["train"], views, source_head, source_classes)
     sets, trained = (seen, net.get_classifier()) if config.model.cache_features else (sets, net)
-    if config.data.augmentation == "crop":
-        crop = data.train_transform(data_config, config.data.train_image_size, config.data.min_crop_area)
-        sets["train"] = data.PhotoDataset(splits["train"], crop, config.run.seed)
-    train_loader = data.train_loader(
-        sets["train"],
-        config.optim.batch_size,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_workers=workers,
+    transform, share = (
+        as_in_test,
+        {"rank": accelerator.process_index, "world_size": accelerator.num_processes},
     )
+    if config.data.augmentation == "crop":
+        transform = data.train_transform(data_config, config.data.train_image_size, config.data.min_crop_area)
+        if not config.data.streaming:
+            sets["train"] = data.PhotoDataset(splits["train"], transform, config.run.seed)
+    if config.data.streaming:
+        train_loader = stream.train_loader(
+            splits["train"],
+            transform,
+            config.optim.batch_size,
+            seed=config.run.seed,
+            buffer_size=config.data.shuffle_buffer,
+            total=functools.partial(engine.total, accelerator),
+            num_workers=workers,
+            **share,
+        )
+    else:
+        train_loader = data.train_loader(sets["train"], config.optim.batch_size, num_workers=workers, **share)
     eval_loaders = {
         split: accelerator.prepare(data.eval_loader(sets[split], eval_batch, num_workers=workers))
         for split in {watched, "test"}
@@ -137,7 +154,8 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
         locks.append(lock)
         with files.writing_to(folder):
             run.write_identity(folder, identity, skipped)
-            plots.plot_samples(*data.showcase(splits["train"], positive_label), folder / "samples.png")
+            shown = splits["test" if config.data.streaming else "train"]
+            plots.plot_samples(*data.showcase(shown, positive_label), folder / "samples.png")
         return folder
 
     run_dir = engine.on_main(accelerator, enter)
