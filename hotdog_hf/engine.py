@@ -63,6 +63,12 @@ def build_accelerator(
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UserError("leave out the launcher's --dynamo_backend and give --compile to scripts/train.py")
+    for way in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{way}", "false").lower() == "true":
+            raise UserError(
+                f"the launcher's {way} cuts the network into pieces, which are not saved or resumed here:"
+                " launch without it (--gradient-accumulation-steps and --precision bf16 save memory)"
+            )
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         # accelerate itself would go on without it
         raise UserError(f'--tracker {tracker} is not installed: pip install -e ".[{tracker}]"')
@@ -298,11 +304,14 @@ def share_state(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def totals_of(accelerator: Accelerator, head: torch.nn.Module, seen: FeatureDataset) -> torch.Tensor:
+def totals_of(
+    accelerator: Accelerator, head: torch.nn.Module, seen: FeatureDataset, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """Return totals [3], as `train_steps` counts them, of a head on features that every process has."""
     labels = torch.as_tensor(seen.labels, device=accelerator.device)
     logits = head(seen.features.to(accelerator.device))
-    totals = _batch_totals(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
+    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    totals = _batch_totals(loss, logits, labels)
     return totals / accelerator.num_processes
 
 

@@ -230,6 +230,14 @@ def run_knobs(model: str) -> list[tuple[str, str, object]]:
     return []
 
 
+def validation_cut(knobs: Sequence[tuple[str, str, object]], data_dir: str) -> tuple[float, int]:
+    """Return the share of train that a run of these knobs held back, and its seed; none of other photos."""
+    knob = {name: value for _, name, value in knobs}
+    if "data_dir" in knob and Path(knob["data_dir"]).resolve() == Path(data_dir).resolve():
+        return knob["val_fraction"], knob["seed"]
+    return 0.0, 0
+
+
 def check_output_dir(output_dir: str | os.PathLike) -> Path:
     """Return the folder to write; `UserError` where something that is no report of ours is there already."""
     folder = Path(output_dir).resolve()

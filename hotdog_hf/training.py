@@ -229,7 +229,8 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
     scores = predicted = None
     for epoch in range(progress.epoch, config.optim.epochs + 1):
         if epoch == 0:
-            totals.copy_(engine.totals_of(accelerator, net.get_classifier(), seen["train"]))
+            head, smoothing = net.get_classifier(), config.optim.label_smoothing
+            totals.copy_(engine.totals_of(accelerator, head, seen["train"], smoothing))
             progress.seconds = time.perf_counter() - started
         elif not train_epoch(epoch):
             return None

@@ -25,10 +25,11 @@ class ReportConfig:
     data_dir: str = DEFAULT_DATA_DIR
     # Photos to judge by. Those of validation also choose a threshold, those of train were learned.
     split: Literal["test", "validation", "train"] = "test"
-    # Share of train to cut off as the validation split, as --val-fraction and --seed of the training did.
-    val_fraction: float = 0.0
-    # Seed of that cut.
-    seed: int = 0
+    # Share of train to cut off as the validation split. Unset: what the training cut off, where MODEL lies in
+    # its run's folder and these are its photos; else none.
+    val_fraction: float | None = None
+    # Seed of that cut. Unset: the training's, or 0.
+    seed: int | None = None
     # Photos that cannot be read: end with their names, or go on without.
     bad_images: Literal["fail", "skip"] = "fail"
     # Where the report goes; an earlier one there is replaced.
@@ -41,11 +42,12 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
-        self.photos()
+        self.photos(0.0)
 
-    def photos(self) -> DataConfig:
+    def photos(self, usual_fraction: float) -> DataConfig:
         """Return which photos are meant, as a training would say it."""
-        return DataConfig(data_dir=self.data_dir, val_fraction=self.val_fraction, bad_images=self.bad_images)
+        fraction = usual_fraction if self.val_fraction is None else self.val_fraction
+        return DataConfig(data_dir=self.data_dir, val_fraction=fraction, bad_images=self.bad_images)
 
 
 def main(config: ReportConfig) -> None:
@@ -63,9 +65,15 @@ def main(config: ReportConfig) -> None:
     accelerator = engine.build_accelerator("no")
     with accelerator.local_main_process_first():
         net = hub.load_model(config.model)
-    splits, _ = photos.open_photos(config.photos(), config.seed, accelerator)
+    knobs = report.run_knobs(config.model)
+    fraction, seed = report.validation_cut(knobs, config.data_dir)
+    seed = seed if config.seed is None else config.seed
+    splits, _ = photos.open_photos(config.photos(fraction), seed, accelerator)
     if config.split not in splits:
-        raise UserError(f"{config.data_dir} has no {config.split} split, only {', '.join(splits)}")
+        found = ", ".join(splits)
+        raise UserError(
+            f"{config.data_dir} has no {config.split} split, only {found}: --val-fraction cuts one"
+        )
     label_names, data_config = model.label_names_of(net), model.data_config_of(net)
     order = report.label_order(splits["train"].features["label"].names, label_names)
     positive_label = data.resolve_positive(label_names, config.positive_label)
@@ -113,7 +121,7 @@ def main(config: ReportConfig) -> None:
             probabilities=probabilities,
             labels=labels,
             pictures=pictures,
-            knobs=report.run_knobs(config.model),
+            knobs=knobs,
             command=shlex.join(["python", *sys.argv]),
         )
         print(report.describe(summary), f"report: {folder / 'report.html'}", sep="\n")

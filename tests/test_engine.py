@@ -114,6 +114,13 @@ def test_a_launcher_that_compiles_is_refused(monkeypatch):
         engine.build_accelerator()
 
 
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_cuts_the_network_into_pieces_is_refused(monkeypatch, way):
+    monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")
+    with pytest.raises(UserError, match=f"the launcher's {way} cuts the network into pieces"):
+        engine.build_accelerator()
+
+
 def test_a_compiled_network_learns_the_same_and_keeps_its_names(
     tiny_weights, photos_dir, tmp_path, monkeypatch
 ):

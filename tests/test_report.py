@@ -427,6 +427,23 @@ def script():
     torch.set_num_threads(1)  # as conftest has it; the script takes all cores
 
 
+def test_validation_is_what_the_run_held_back(photos_dir, tmp_path, script):
+    hub.save_model(target(label_names=["hotdog", "not-hotdog"]), tmp_path / "run/model")
+    knobs = {
+        "recipe": "chapter",
+        "data": {"data_dir": str(photos_dir), "val_fraction": 0.3},
+        "run": {"seed": 4},
+    }
+    (tmp_path / "run/config.json").write_text(json.dumps(knobs))
+    flags = {"data_dir": str(photos_dir), "output_dir": str(tmp_path / "report")}
+    script["main"](script["ReportConfig"](str(tmp_path / "run/model"), split="validation", **flags))
+    held_back = data.load_photos(photos_dir, 0.3, 4)["validation"]
+    assert [row[0] for row in table(tmp_path / "report")[1:]] == data.names_of(held_back, photos_dir)
+    assert report.validation_cut(report.run_knobs(tmp_path / "run/model"), tmp_path) == (0.0, 0)
+    script["main"](script["ReportConfig"](str(tmp_path / "run/model"), val_fraction=0.0, **flags))
+    assert json.loads((tmp_path / "report/metrics.json").read_text())["threshold"] is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
