@@ -120,9 +120,17 @@ def _cut_validation(
 class StreamedSplit:
     """Stands for a split that is read as it is needed: its classes, its size, and its photos in turn."""
 
-    def __init__(self, name: str, stream: datasets.IterableDataset, counts: list[int], fingerprint: str):
+    def __init__(
+        self,
+        name: str,
+        stream: datasets.IterableDataset,
+        counts: list[int],
+        fingerprint: str,
+        sorted_by_class: bool = False,
+    ):
         """Take rows of `image` (undecoded) and `label`, the photos of each class, and what tells a change."""
         self.name, self.stream, self.counts, self._fingerprint = name, stream, counts, fingerprint
+        self.sorted_by_class = sorted_by_class
         self.features, self.num_shards = stream.features, stream.num_shards
 
     def __len__(self) -> int:

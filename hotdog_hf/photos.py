@@ -46,7 +46,15 @@ def open_photos(
 def _read(config: DataConfig, seed: int, progress: bool) -> tuple[datasets.DatasetDict, list[Path], str]:
     if config.streaming:
         photos = stream.open_stream(config.data_dir, progress)
-        return photos, [], f"train is streamed in {photos['train'].num_shards} shards; photos are not checked"
+        train = photos["train"]
+        summary = f"train is streamed in {train.num_shards} shards; photos are not checked"
+        if train.sorted_by_class and len(train) > config.shuffle_buffer:
+            summary += (
+                "\nwarning: the shards are sorted by class, and only"
+                f" {config.shuffle_buffer} photos are mixed at a time: write them in a shuffled order"
+                " (scripts/shard.py), or raise --shuffle-buffer"
+            )
+        return photos, [], summary
     skipped, summary = [], "photos of the Hub are not checked"
     if config.data_dir == DEFAULT_DATA_DIR:
         download_photos(config.data_dir)

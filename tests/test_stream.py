@@ -10,7 +10,7 @@ from conftest import ROOT, draw_photos, run
 from loopback_hub import LoopbackHub
 from test_scripts import metrics_of
 
-from hotdog_hf import data, stream
+from hotdog_hf import data, photos, stream
 from hotdog_hf.config import DataConfig, ModelConfig, TrainConfig
 from hotdog_hf.errors import UserError
 
@@ -111,10 +111,10 @@ def test_a_batch_smaller_than_the_processes_is_refused():
 
 def test_shards_hold_the_files_as_they_are(shards, photos_dir):
     rows = stream.open_stream(str(shards), progress=False)
-    photos = data.load_photos(photos_dir)
-    assert data.counts(rows) == data.counts(photos)
+    on_disk = data.load_photos(photos_dir)
+    assert data.counts(rows) == data.counts(on_disk)
     for split, read in (("train", rows["train"].stream), ("test", rows["test"])):
-        files = {row["image"]["path"]: row["label"] for row in photos[split]}
+        files = {row["image"]["path"]: row["label"] for row in on_disk[split]}
         contents = sorted((open(path, "rb").read(), label) for path, label in files.items())  # noqa: PTH123, SIM115
         found = [(row["image"]["bytes"], row["label"]) for row in read]
         assert sorted(found) == contents and [label for _, label in found] != sorted(files.values())
@@ -188,6 +188,7 @@ def test_a_data_set_of_the_hub_is_streamed(photos_dir, train, tmp_path):
         done = train("hf://datasets/tester/photos", tmp_path / "run", "--streaming", "--epochs", 1, **env)
         assert done.returncode == 0, done.stderr
         assert re.search(r"train +13 +12 +25", done.stdout) and "is streamed in 1 shards" in done.stdout
+        assert "warning: the shards are sorted by class" not in done.stdout  # the buffer holds them all
         done = train("hf://datasets/tester/none", tmp_path / "none", "--streaming", **env)
         assert done.returncode == 2 and "tester/none" in done.stderr and "Traceback" not in done.stderr
 
@@ -217,6 +218,19 @@ def test_what_cannot_be_streamed_is_one_line(shards, tmp_path, harm, message):
     harm(tmp_path / "shards")
     with pytest.raises(UserError, match=message):
         stream.open_stream(str(tmp_path / "shards"), progress=False)
+
+
+def test_shards_sorted_by_class_are_warned_of(photos_dir, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.Dataset, "shuffle", lambda rows, seed: rows)
+    stream.write_shards(data.load_photos(photos_dir), tmp_path / "sorted", 9, 0)
+    for folder, buffer, warned in (
+        (tmp_path / "sorted", 24, 1),
+        (tmp_path / "sorted", 25, 0),
+        (shards, 9, 0),
+    ):
+        config = DataConfig(data_dir=str(folder), streaming=True, shuffle_buffer=buffer)
+        *_, summary = photos._read(config, 0, progress=False)
+        assert ("warning: the shards are sorted by class" in summary) == warned
 
 
 def test_a_folder_of_photos_says_how_to_make_shards(photos_dir):
