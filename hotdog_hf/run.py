@@ -149,8 +149,12 @@ def describe_epoch(row: dict, eval_split: str) -> str:
 
 
 def final_row(rows: list[dict], test_scores: dict, seconds: float) -> dict:
-    """Return the last line of `metrics.jsonl`: the kept model's test scores, seconds, and training speed."""
-    examples = sum(row["examples_per_second"] * row["train_seconds"] for row in rows)
+    """Return the last line of `metrics.jsonl`: the kept model's test scores, seconds, and training speed.
+
+    The speed is that of the epochs; where there is none, of solving the head.
+    """
+    epochs = [row for row in rows if row["epoch"] > 0] or rows
+    examples = sum(row["examples_per_second"] * row["train_seconds"] for row in epochs)
     trained, loading, evaluating = (
         sum(row[name] for row in rows) for name in ("train_seconds", "loading_seconds", "evaluating_seconds")
     )
@@ -159,7 +163,7 @@ def final_row(rows: list[dict], test_scores: dict, seconds: float) -> dict:
         "train_loss": rows[-1]["train_loss"],
         "train_accuracy": rows[-1]["train_accuracy"],
         **{f"test_{name}": value for name, value in test_scores.items()},
-        "examples_per_second": examples / trained,
+        "examples_per_second": examples / sum(row["train_seconds"] for row in epochs),
         "loading_seconds": loading,
         "computing_seconds": trained - loading,
         "evaluating_seconds": evaluating,

@@ -400,24 +400,22 @@ def _factor(result: Result) -> float:
 
 
 def _rates_answer(rates: list[Result]) -> str:
-    whole = [result for result in rates if not result.broke]
-    best = max(whole, key=lambda result: result.test["accuracy"])
-    highest = max(whole, key=_factor)
+    whole = sorted((result for result in rates if not result.broke), key=_factor)
     broken = sorted(_factor(result) for result in rates if result.broke)
-    end = (
-        f"from {broken[0]:g} times on the loss is no number any more"
-        if broken
-        else f"{_factor(highest):g} times gives {highest.test['accuracy']:.1%}"
-    )
-    own = next((result.test["accuracy"] for result in whole if math.isclose(_factor(result), 1)), None)
-    book = "" if own is None else f"; the book's own gives {own:.1%}"
-    return (
-        f"The best test accuracy of the sweep, {best.test['accuracy']:.1%}, is at {_factor(best):g} times the"
-        f" book's rate{book}. Beyond it the accuracy falls: {end}."
-        if best is not highest
-        else f"Up to {_factor(best):g} times the book's rate the accuracy has not fallen yet:"
-        f" {best.test['accuracy']:.1%}{book}. {end[0].upper()}{end[1:]}."
-    )
+    breaks = [f"from {broken[0]:g} times the book's rate on the loss is no number any more"] if broken else []
+    if not whole:
+        return f"{breaks[0].capitalize()}."
+
+    def say(result: Result) -> str:
+        factor = _factor(result)
+        rate = "the book's own rate" if math.isclose(factor, 1) else f"{factor:g} times the book's"
+        return f"{rate} gives {result.test['accuracy']:.1%}"
+
+    best = max(range(len(whole)), key=lambda index: whole[index].test["accuracy"])
+    # Of the rates above the best, the next and the highest.
+    told = [say(result) for result in (whole[best + 1 : best + 2] + whole[best + 2 :][-1:])] + breaks
+    end = f"Beyond it, {', '.join(told)}" if told else "No higher rate was tried"
+    return f"The best test accuracy of the sweep: {say(whole[best])}. {end}."
 
 
 def rates_table(results: list[Result]) -> list[tuple[float, float | None]]:

@@ -143,8 +143,17 @@ def test_a_rate_at_which_the_loss_breaks_is_an_answer(tmp_path):
     whole = [fake(run, accuracy) for run, accuracy in zip(runs[:-1], accuracies, strict=True)]
     assert study.rates_table([*whole, broke])[-1] == (100.0, None)
     [(_, answer)] = study.answers({}, [*whole, broke], None)
-    assert "92.0%, is at 3 times the book's rate; the book's own gives 90.0%" in answer
-    assert "from 100 times on the loss is no number" in answer
+    assert (
+        "sweep: 3 times the book's gives 92.0%. Beyond it, 10 times the book's gives 70.0%, 30 times"
+        in answer
+    )
+    assert (
+        "30 times the book's gives 60.0%, from 100 times the book's rate on the loss is no number" in answer
+    )
+    [(_, answer)] = study.answers({}, whole[:3], None)
+    assert "the book's own rate gives 90.0%. No higher rate was tried." in answer
+    [(_, answer)] = study.answers({}, [broke], None)
+    assert answer == "From 100 times the book's rate on the loss is no number any more."
 
 
 def fake(run_, accuracy, validation=None, loss=0.5, folder=None):
