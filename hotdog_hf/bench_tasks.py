@@ -256,13 +256,14 @@ def profile(*, data_dir: str, batch_size: int, num_workers: int | None, **networ
         for _, _ in zip(range(PROFILED_STEPS), job.steps(loader), strict=False):
             pass
 
-    train_set.transform = watch.timed("augment", train_set.transform)
+    train_set.threads = 1  # in the main thread, so that decoding and augmenting can be told apart
     job.net.register_forward_pre_hook(lambda *_: watch.enter("forward"))
     job.net.register_forward_hook(lambda *_: watch.leave())
     job.optimizer.step = watch.timed("step", job.optimizer.step)
     with (
         _replaced(accelerator, "backward", watch.timed("backward", accelerator.backward)),
         _replaced(data, "read_photo", watch.timed("decode", data.read_photo)),
+        _replaced(data, "transformed", watch.timed("augment", data.transformed)),
     ):
         loader.batch_sampler.seek(2)
         watch.last = time.perf_counter()

@@ -10,7 +10,9 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Collection, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -245,38 +247,74 @@ def eval_transform(data_config: dict) -> Callable[[Image.Image], torch.Tensor]:
     return create_transform(**data_config)
 
 
+class CropAndFlip:
+    """The chapter's training transform: a random resized crop, a random flip, normalisation.
+
+    torchvision's, with what is drawn (from torch's generator alone) apart from the work, which threads share.
+    """
+
+    def __init__(self, size: int | Sequence[int], min_crop_area: float, data_config: dict):
+        self.crop = v2.RandomResizedCrop(
+            size,
+            scale=(min_crop_area, 1.0),
+            interpolation=v2.InterpolationMode(data_config["interpolation"]),
+        )
+        self.to_tensor = v2.Compose(
+            [
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(data_config["mean"], data_config["std"]),
+            ]
+        )
+
+    def draw(self, photo: Image.Image) -> tuple[dict, bool]:
+        """Draw where to crop, and whether to flip."""
+        return self.crop.make_params([photo]), bool(torch.rand(1) < 0.5)
+
+    def apply(self, photo: Image.Image, place: dict, flip: bool) -> torch.Tensor:
+        """Return the crop, float [3, H, W]."""
+        cropped = self.crop.transform(photo, place)
+        return self.to_tensor(v2.functional.horizontal_flip(cropped) if flip else cropped)
+
+
 def train_transform(
     data_config: dict, image_size: int | None = None, min_crop_area: float = 0.08
-) -> Callable[[Image.Image], torch.Tensor]:
-    """Return the chapter's training transform: a random resized crop, a random flip, normalisation.
+) -> CropAndFlip:
+    """Return the chapter's training transform.
 
     A crop takes at least `min_crop_area` of the photo and becomes `image_size` pixels square (None: the size
     of evaluation; smaller is faster, and things look larger in a random crop anyway: arXiv 1906.06423).
-    torchvision's, because they draw from torch's generator alone, which `PhotoDataset` seeds for every photo.
     """
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(
-                image_size or data_config["input_size"][1:],
-                scale=(min_crop_area, 1.0),
-                interpolation=v2.InterpolationMode(data_config["interpolation"]),
-            ),
-            v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(data_config["mean"], data_config["std"]),
-        ]
-    )
+    return CropAndFlip(image_size or data_config["input_size"][1:], min_crop_area, data_config)
 
 
-def seeded_transform(
-    transform: Callable[[Image.Image], torch.Tensor], photo: Image.Image, *numbers: int
+def transformed(
+    transform: CropAndFlip | Callable[[Image.Image], torch.Tensor], photo: Image.Image, *numbers: int
 ) -> torch.Tensor:
     """Return the transformed photo, float [3, H, W], where what is drawn follows from the numbers alone."""
-    with torch.random.fork_rng(devices=[]):
+    if not isinstance(transform, CropAndFlip):
+        return transform(photo)
+    with _drawing, torch.random.fork_rng(devices=[]):
         # The CPU generator only: torch.manual_seed would reset the GPU's as well, photo by photo.
         torch.default_generator.manual_seed(mix(*numbers))
-        return transform(photo)
+        drawn = transform.draw(photo)
+    return transform.apply(photo, *drawn)
+
+
+# Torch's generator is one for all threads.
+_drawing = threading.Lock()
+
+
+def by_threads(work: Callable[[object], dict], keys: Sequence, threads: int | None = None) -> list[dict]:
+    """Return the work on every key, done by as many threads as torch takes: one in a loader process.
+
+    Decoding and resizing run without Python's lock. The network rests meanwhile, so the cores are free.
+    """
+    threads = threads or torch.get_num_threads()
+    if threads == 1:
+        return [work(key) for key in keys]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, keys))
 
 
 class PhotoDataset(torch.utils.data.Dataset):
@@ -288,9 +326,14 @@ class PhotoDataset(torch.utils.data.Dataset):
     """
 
     PADDING = -1
+    # Threads that share a batch; None: as many as torch takes.
+    threads: int | None = None
 
     def __init__(
-        self, rows: datasets.Dataset, transform: Callable[[Image.Image], torch.Tensor], seed: int = 0
+        self,
+        rows: datasets.Dataset,
+        transform: CropAndFlip | Callable[[Image.Image], torch.Tensor],
+        seed: int = 0,
     ):
         self.rows, self.transform, self.seed = rows, transform, seed
         self.labels = np.asarray(rows["label"][:], dtype=np.int64)
@@ -307,9 +350,13 @@ class PhotoDataset(torch.utils.data.Dataset):
             "index": index,
         }
 
+    def __getitems__(self, keys: Sequence) -> list[dict]:
+        """Return the items of a batch, as torch's loader asks for them."""
+        return by_threads(self.__getitem__, keys, self.threads)
+
     def pixel_values(self, epoch: int, index: int) -> torch.Tensor:
         """Return the transformed photo, float [3, H, W]."""
-        return seeded_transform(self.transform, read_photo(self.rows[index]), self.seed, epoch, index)
+        return transformed(self.transform, read_photo(self.rows[index]), self.seed, epoch, index)
 
     def name_of(self, index: int) -> str:
         """Return the file of a photo, for messages."""
@@ -318,6 +365,8 @@ class PhotoDataset(torch.utils.data.Dataset):
 
 class FeatureDataset(PhotoDataset):
     """Stands for a data set of photos without augmentation: `pixel_values` is a photo's features [D]."""
+
+    threads = 1
 
     def __init__(self, photo_set: PhotoDataset, features: torch.Tensor):
         super().__init__(photo_set.rows, photo_set.transform, photo_set.seed)

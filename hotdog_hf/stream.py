@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -24,9 +24,10 @@ from hotdog_hf.data import (
     HUB_DATA_PREFIX,
     IGNORED_LABEL,
     StreamedSplit,
+    by_threads,
     read_photo,
-    seeded_transform,
     step_loader,
+    transformed,
     two_columns,
 )
 from hotdog_hf.errors import UserError
@@ -135,10 +136,14 @@ class StreamDataset(torch.utils.data.Dataset):
         epoch, index, row = key
         photo = Image.new("RGB", (64, 64)) if row is None else read_photo(row)
         return {
-            "pixel_values": seeded_transform(self.transform, photo, self.seed, epoch, index),
+            "pixel_values": transformed(self.transform, photo, self.seed, epoch, index),
             "labels": IGNORED_LABEL if row is None else row["label"],
             "index": index,
         }
+
+    def __getitems__(self, keys: Sequence) -> list[dict]:
+        """Return the items of a batch, as torch's loader asks for them."""
+        return by_threads(self.__getitem__, keys)
 
     def name_of(self, index: int) -> str:
         """Say which photo, for messages: its place in the epoch's stream."""

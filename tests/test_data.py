@@ -141,11 +141,12 @@ def test_the_train_transform_is_the_chapters():
             transforms.Normalize(CHAPTER_CONFIG["mean"], CHAPTER_CONFIG["std"]),
         ]
     )
+    ours = data.train_transform(CHAPTER_CONFIG)
     for seed in range(5):
         torch.manual_seed(seed)
         expected = chapter(image)
         torch.manual_seed(seed)
-        torch.testing.assert_close(data.train_transform(CHAPTER_CONFIG)(image), expected)
+        torch.testing.assert_close(ours.apply(image, *ours.draw(image)), expected)
 
 
 @pytest.fixture
@@ -169,6 +170,15 @@ def test_loading_a_photo_leaves_the_global_generator_alone(dataset):
     torch.manual_seed(0)
     dataset[1, 2]
     assert torch.rand(1) == expected
+
+
+def test_threads_change_nothing(dataset):
+    keys = [(epoch, index) for epoch in (1, 2) for index in range(len(dataset))] * 5
+    one_by_one = [dataset[key] for key in keys]
+    dataset.threads = 8
+    for together, alone in zip(dataset.__getitems__(keys), one_by_one, strict=True):
+        assert torch.equal(together["pixel_values"], alone["pixel_values"])
+        assert (together["index"], together["labels"]) == (alone["index"], alone["labels"])
 
 
 def test_workers_change_nothing(dataset):
