@@ -20,7 +20,7 @@ import numpy as np
 
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.images import IMAGE_SUFFIXES, decode_image, preprocess
-from hotdog_hf.machine import keep_freed_memory
+from hotdog_hf.machine import allowed_cores, keep_freed_memory
 
 MAX_DECODERS = 8
 NEEDS_ONNX = 'this needs onnx and onnxruntime: pip install -e ".[onnx]"'
@@ -32,6 +32,8 @@ class Predictor(NamedTuple):
     label_names: list[str]
     data_config: dict
     probabilities: Callable[[np.ndarray], np.ndarray]
+    # Whether it computes elsewhere than on the CPU, which can decode meanwhile.
+    leaves_cpu_free: bool = False
 
 
 class Prediction(NamedTuple):
@@ -62,7 +64,7 @@ def _load_saved(name: str | os.PathLike) -> Predictor:
         batch = torch.from_numpy(images).to(device, memory_format=torch.channels_last)
         return net(batch).softmax(dim=1).cpu().numpy()
 
-    return Predictor(model.label_names_of(net), model.data_config_of(net), probabilities)
+    return Predictor(model.label_names_of(net), model.data_config_of(net), probabilities, device != "cpu")
 
 
 def _load_exported(path: Path) -> Predictor:
@@ -161,19 +163,20 @@ def predict_paths(
 ) -> Iterator[Prediction | UserError]:
     """Yield a prediction for every image, or the `UserError` that says why there is none, in order.
 
-    While the network works on a batch, the next one is found and decoded; no more is held in memory.
+    Cores share the decoding of a batch: while a GPU works on the one before, but in turns with a network on
+    the CPU, for they would slow each other down. No more is held in memory.
     """
     images, label_names = find_images(paths), predictor.label_names
     read = functools.partial(_read, data_config=predictor.data_config)
-    with ThreadPoolExecutor(1 + min(os.cpu_count() or 1, MAX_DECODERS)) as pool:
+    with ThreadPoolExecutor(1 + min(allowed_cores(), MAX_DECODERS)) as pool:
 
         def read_batch() -> list[tuple[str, np.ndarray] | UserError]:
             return list(pool.map(read, itertools.islice(images, batch_size)))
 
-        ahead = pool.submit(read_batch)
-        while batch := ahead.result():
+        ahead = pool.submit(read_batch) if predictor.leaves_cpu_free else None
+        while batch := ahead.result() if ahead else read_batch():
             # Found in a thread too: who writes to standard input gets answers before the next path is due.
-            ahead = pool.submit(read_batch)
+            ahead = pool.submit(read_batch) if ahead else None
             readable = [item[1] for item in batch if not isinstance(item, UserError)]
             rows = iter(predictor.probabilities(np.stack(readable)) if readable else [])
             for item in batch:

@@ -188,10 +188,12 @@ def test_predictions_are_the_models_in_order(album, net, saved, batch_size):
     assert len({result.label for result in results if isinstance(result, Prediction)}) == 2
 
 
-def test_an_answer_comes_before_the_next_path_is_needed(album, exported):
+@pytest.mark.parametrize("free", [False, True])
+def test_an_answer_comes_before_the_next_path_is_needed(album, exported, free):
     paths = queue.Queue()
     asked = iter(lambda: paths.get(timeout=10), None)  # raises where it is asked for more than it has
-    results = predict_paths(load_predictor(exported), asked, np.argmax, batch_size=1)
+    predictor = load_predictor(exported)._replace(leaves_cpu_free=free)
+    results = predict_paths(predictor, asked, np.argmax, batch_size=1)
     for name in ("a.JPG", "b.png"):
         paths.put(str(album / name))
         assert next(results).path == str(album / name)
@@ -199,12 +201,14 @@ def test_an_answer_comes_before_the_next_path_is_needed(album, exported):
     assert list(results) == []
 
 
-def test_no_more_than_one_batch_is_read_ahead(album, exported):
+@pytest.mark.parametrize("free", [False, True])
+def test_a_batch_is_read_ahead_where_that_slows_nothing_down_and_no_more(album, exported, free):
     taken = []
     endless = (taken.append(1) or str(album / "b.png") for _ in itertools.count())
-    results = predict_paths(load_predictor(exported), endless, np.argmax, batch_size=4)
+    predictor = load_predictor(exported)._replace(leaves_cpu_free=free)
+    results = predict_paths(predictor, endless, np.argmax, batch_size=4)
     for count, _ in enumerate(itertools.islice(results, 40)):
-        assert len(taken) <= 4 * (count // 4 + 2)
+        assert len(taken) <= 4 * (count // 4 + 1 + free)
     results.close()
 
 
