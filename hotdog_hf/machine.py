@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
     """Let freed blocks be used again, where glibc gives large ones back to the system at once.
 
     A network on a CPU would pay for their page faults in every layer: without them a training step of
-    ResNet-18 takes 0.83 of the time, with a third more memory at its peak.
+    ResNet-18 on 128 photos takes 0.7 of the time, with half as much memory again at its peak.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
