@@ -11,7 +11,7 @@ from conftest import ROOT, TINY_MODEL, run
 from loopback_hub import LoopbackHub
 from test_hub import target
 
-from hotdog_hf import hub
+from hotdog_hf import data, hub, stream
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GATE = (ROOT / ".ci/run").read_text(encoding="utf-8")
@@ -44,6 +44,10 @@ def test_make_targets_exist_and_run_in_the_gate_or_have_a_command_below(command)
 def tiny(words, photos_dir, tiny_weights, run_dir):
     """Put small photos, a tiny model and a folder of the test's into a README command."""
     words = [str(photos_dir) if word in ("my/photos", "data/sample") else word for word in words]
+    if "my/shards" in words:
+        shards = run_dir.parent / "shards"
+        stream.write_shards(data.load_photos(photos_dir), shards, 30, seed=0)
+        words = [str(shards) if word == "my/shards" else word for word in words]
     words = [str(tiny_weights) if word in ("my.safetensors", "bundled") else word for word in words]
     words = [TINY_MODEL if word == "tf_efficientnet_lite0" else word for word in words]
     words = ["1" if before == "--epochs" else word for before, word in zip(["", *words], words, strict=False)]
@@ -95,7 +99,7 @@ def test_benchmark_commands_are_understood(command, monkeypatch):
 OTHER_COMMANDS = [
     line
     for line in commands()
-    if re.match(r"python scripts/(split|check_data|predict|report|export|push)\.py", line)
+    if re.match(r"python scripts/(split|check_data|shard|predict|report|export|push)\.py", line)
 ]
 
 
