@@ -85,12 +85,17 @@ def _read_hub(repo: str) -> dict[str, datasets.Dataset]:
         raise UserError(
             f"{repo} has the splits {', '.join(loaded)}; {' and '.join(sorted(missing))} is missing"
         )
-    for split, by_class in counts(datasets.DatasetDict(splits)).items():
-        if empty := [name for name, count in by_class.items() if not count]:
-            raise UserError(
-                f"no image of {empty[0]!r} in {repo}/{split}; every class needs some in every split"
-            )
+    require_every_class(repo, counts(splits))
     return splits
+
+
+def require_every_class(name: str, counts: dict[str, dict[str, int]]) -> None:
+    """Raise `UserError` where a split of the data set `name` has no photo of some class."""
+    for split, by_class in counts.items():
+        if empty := [label for label, count in by_class.items() if not count]:
+            raise UserError(
+                f"no image of {empty[0]!r} in {name}/{split}; every class needs some in every split"
+            )
 
 
 def two_columns(
@@ -277,6 +282,10 @@ class CropAndFlip:
         return self.to_tensor(v2.functional.horizontal_flip(cropped) if flip else cropped)
 
 
+# A photo -> float [3, H, W]; what `CropAndFlip` draws is seeded, others draw nothing.
+Transform = CropAndFlip | Callable[[Image.Image], torch.Tensor]
+
+
 def train_transform(
     data_config: dict, image_size: int | None = None, min_crop_area: float = 0.08
 ) -> CropAndFlip:
@@ -288,9 +297,7 @@ def train_transform(
     return CropAndFlip(image_size or data_config["input_size"][1:], min_crop_area, data_config)
 
 
-def transformed(
-    transform: CropAndFlip | Callable[[Image.Image], torch.Tensor], photo: Image.Image, *numbers: int
-) -> torch.Tensor:
+def transformed(transform: Transform, photo: Image.Image, *numbers: int) -> torch.Tensor:
     """Return the transformed photo, float [3, H, W], where what is drawn follows from the numbers alone."""
     if not isinstance(transform, CropAndFlip):
         return transform(photo)
@@ -329,12 +336,7 @@ class PhotoDataset(torch.utils.data.Dataset):
     # Threads that share a batch; None: as many as torch takes.
     threads: int | None = None
 
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        transform: CropAndFlip | Callable[[Image.Image], torch.Tensor],
-        seed: int = 0,
-    ):
+    def __init__(self, rows: datasets.Dataset, transform: Transform, seed: int = 0):
         self.rows, self.transform, self.seed = rows, transform, seed
         self.labels = np.asarray(rows["label"][:], dtype=np.int64)
 

@@ -23,9 +23,13 @@ from tqdm import tqdm
 from hotdog_hf.data import (
     HUB_DATA_PREFIX,
     IGNORED_LABEL,
+    StepSampler,
     StreamedSplit,
+    Transform,
     by_threads,
+    counts,
     read_photo,
+    require_every_class,
     step_loader,
     transformed,
     two_columns,
@@ -48,39 +52,32 @@ def open_stream(data_dir: str, progress: bool = True) -> dict[str, datasets.Data
     with _reading(data_dir):
         try:
             builder = datasets.load_dataset_builder(name)
-            files = {
-                split: builder.config.data_files[alias]
-                for split, aliases in SPLIT_FOLDERS.items()
-                for alias in aliases
-                if alias in (builder.config.data_files or {})
-            }
+            files = builder.config.data_files or {}
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"--streaming cannot read {data_dir}: {error}") from error
-        if missing := {"train", "test"} - set(files):
+        names = {split: name for split, aliases in SPLIT_FOLDERS.items() for name in aliases if name in files}
+        if missing := {"train", "test"} - set(names):
             raise UserError(f"{data_dir}: no shards of {' and '.join(sorted(missing))}")
-        for paths in files.values():
-            if other := next((path for path in paths if not path.endswith(".parquet")), None):
+        for name in names.values():
+            if other := next((path for path in files[name] if not path.endswith(".parquet")), None):
                 raise UserError(
                     f"--streaming reads Parquet shards, and {other} is none: scripts/shard.py writes them"
                     " from a folder of photos, scripts/push.py --dataset to the Hub"
                 )
         streams = builder.as_streaming_dataset()
-        first = two_columns(data_dir, next(iter(streams.values())))
-        opened, label_names = {}, first.features["label"].names
-        for split, paths in files.items():
-            stream = two_columns(data_dir, next(streams[a] for a in SPLIT_FOLDERS[split] if a in streams))
-            counts, sorted_by_class = _count(paths, label_names, progress)
-            if empty := [name for name, count in zip(label_names, counts, strict=True) if not count]:
-                raise UserError(
-                    f"no image of {empty[0]!r} in {data_dir}/{split}; every class needs some in every split"
-                )
+        streams = {split: two_columns(data_dir, streams[name]) for split, name in names.items()}
+        opened, label_names = {}, streams["train"].features["label"].names
+        for split, stream in streams.items():
+            paths = files[names[split]]
+            counted, sorted_by_class = _count(paths, label_names, progress)
             if split == "train":
                 facts = json.dumps([list(paths), paths.origin_metadata], default=str)
                 fingerprint = hashlib.sha256(facts.encode()).hexdigest()
-                opened[split] = StreamedSplit(data_dir, stream, counts, fingerprint, sorted_by_class)
+                opened[split] = StreamedSplit(data_dir, stream, counted, fingerprint, sorted_by_class)
             else:
                 rows = tqdm(stream, desc=split, unit="img", leave=False, disable=None if progress else True)
                 opened[split] = datasets.Dataset.from_list(list(rows), features=stream.features)
+    require_every_class(data_dir, counts(opened))
     return opened
 
 
@@ -114,11 +111,12 @@ def _count(paths: list[str], label_names: list[str], progress: bool) -> tuple[li
             )
             if names != label_names:
                 raise UserError(f"{path} has the classes {names}, the first shard has {label_names}")
-            labels = shard.read(columns=[column])[column]
-        if unlabelled := labels.null_count or int((labels.to_numpy() < 0).sum()):
+            column_read = shard.read(columns=[column])[column]
+        labels = column_read.to_numpy()
+        if unlabelled := column_read.null_count or int((labels < 0).sum()):
             raise UserError(f"{path}: {unlabelled} photos have no label")
-        counted += np.bincount(labels.to_numpy(), minlength=len(label_names))
-        changes += int(np.count_nonzero(np.diff(labels.to_numpy())))
+        counted += np.bincount(labels, minlength=len(label_names))
+        changes += int(np.count_nonzero(np.diff(labels)))
     shares = counted / max(counted.sum(), 1)
     return counted.tolist(), changes < counted.sum() * (1 - (shares**2).sum()) / 2
 
@@ -129,7 +127,7 @@ class StreamDataset(torch.utils.data.Dataset):
     Items are as `hotdog_hf.data.PhotoDataset` gives them; what is drawn follows from (seed, epoch, index).
     """
 
-    def __init__(self, transform: Callable[[Image.Image], torch.Tensor], seed: int):
+    def __init__(self, transform: Transform, seed: int):
         self.transform, self.seed = transform, seed
 
     def __getitem__(self, key: tuple[int, int, dict | None]) -> dict:
@@ -150,7 +148,7 @@ class StreamDataset(torch.utils.data.Dataset):
         return f"photo {index} of the stream"
 
 
-class StreamSampler(torch.utils.data.Sampler):
+class StreamSampler(StepSampler):
     """For every optimizer step of an epoch, the photos that this process reads for it, undecoded.
 
     Process r of w reads its own shards where w divides their number, else every w-th photo of all
@@ -171,24 +169,11 @@ class StreamSampler(torch.utils.data.Sampler):
     ):
         if batch_size < world_size:
             raise UserError(f"--streaming needs --batch-size {world_size} or more for {world_size} processes")
+        super().__init__(len(split), batch_size, seed, rank, world_size)
         shuffled = split.stream.shuffle(seed=seed, buffer_size=buffer_size)
         self.stream, self.name = split_dataset_by_node(shuffled, rank, world_size), split.name
-        self.size, self.batch_size, self.total = len(split), batch_size, total
-        self.rank, self.world_size = rank, world_size
-        self.share = len(range(rank, batch_size, world_size))
-        self.epoch = self.first_step = 0
+        self.share, self.total = len(range(rank, batch_size, world_size)), total
         self.agreed: collections.deque[int] = collections.deque()
-
-    def seek(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch that the next iteration goes through, and the steps of it to leave out."""
-        self.epoch, self.first_step = epoch, first_step
-
-    def photos_skipped(self) -> int:
-        """Return the number of photos in the steps left out."""
-        return min(self.first_step * self.batch_size, self.size)
-
-    def __len__(self) -> int:
-        return math.ceil(self.size / self.batch_size)
 
     def step_sizes(self) -> Iterator[int]:
         """Yield for each batch, once it has come, its number of photos over all processes."""
@@ -221,24 +206,14 @@ class StreamSampler(torch.utils.data.Sampler):
 
 
 def train_loader(
-    split: StreamedSplit,
-    transform: Callable[[Image.Image], torch.Tensor],
-    batch_size: int,
-    *,
-    seed: int,
-    buffer_size: int,
-    total: Callable[[int], int],
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
+    sampler: StreamSampler, transform: Transform, *, num_workers: int = 0
 ) -> torch.utils.data.DataLoader:
     """Return batches of one optimizer step each, as `hotdog_hf.data.train_loader` does for photos on disk.
 
     The order depends on the number of processes, not on that of the loader's workers: they only decode what
     this process reads.
     """
-    sampler = StreamSampler(split, batch_size, seed, buffer_size, total, rank, world_size)
-    return step_loader(StreamDataset(transform, seed), sampler, num_workers)
+    return step_loader(StreamDataset(transform, sampler.seed), sampler, num_workers)
 
 
 def write_shards(

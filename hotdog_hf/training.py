@@ -89,27 +89,19 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
         )
         heads.solve(net, config.model.head_init, seen["train"], views, source_head, source_classes)
     sets, trained = (seen, net.get_classifier()) if config.model.cache_features else (sets, net)
-    transform, share = (
-        as_in_test,
-        {"rank": accelerator.process_index, "world_size": accelerator.num_processes},
-    )
-    if config.data.augmentation == "crop":
+    transform, augmented = as_in_test, config.data.augmentation == "crop"
+    if augmented:
         transform = data.train_transform(data_config, config.data.train_image_size, config.data.min_crop_area)
-        if not config.data.streaming:
-            sets["train"] = data.PhotoDataset(splits["train"], transform, config.run.seed)
+    batch_size, seed = config.optim.batch_size, config.run.seed
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     if config.data.streaming:
-        train_loader = stream.train_loader(
-            splits["train"],
-            transform,
-            config.optim.batch_size,
-            seed=config.run.seed,
-            buffer_size=config.data.shuffle_buffer,
-            total=functools.partial(engine.total, accelerator),
-            num_workers=workers,
-            **share,
-        )
+        total = functools.partial(engine.total, accelerator)
+        buffer_size = config.data.shuffle_buffer
+        sampler = stream.StreamSampler(splits["train"], batch_size, seed, buffer_size, total, **share)
+        train_loader = stream.train_loader(sampler, transform, num_workers=workers)
     else:
-        train_loader = data.train_loader(sets["train"], config.optim.batch_size, num_workers=workers, **share)
+        train_set = data.PhotoDataset(splits["train"], transform, seed) if augmented else sets["train"]
+        train_loader = data.train_loader(train_set, batch_size, num_workers=workers, **share)
     eval_loaders = {
         split: accelerator.prepare(data.eval_loader(sets[split], eval_batch, num_workers=workers))
         for split in {watched, "test"}
