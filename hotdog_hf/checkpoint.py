@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from hotdog_hf import sharding
 from hotdog_hf.config import flatten
 from hotdog_hf.errors import UserError
 
@@ -82,20 +83,19 @@ def save(
     folder = run_dir / "checkpoints" / f"step-{progress.total_steps:08}"
     if not all(math.isfinite(value) for row in progress.totals for value in row):
         raise UserError("the loss is not finite, so no checkpoint is written")
+    optimizer_state = optimizer.state_dict()
+    tensors = {f"model.{name}": value for name, value in accelerator.unwrap_model(model).state_dict().items()}
+    if average is not None:
+        tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
+    plain: dict[str, dict] = {}
+    for index, state in optimizer_state["state"].items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    tensors = sharding.whole(tensors, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
-        optimizer_state = optimizer.state_dict()
-        tensors = {
-            f"model.{name}": value for name, value in accelerator.unwrap_model(model).state_dict().items()
-        }
-        if average is not None:
-            tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
-        plain: dict[str, dict] = {}
-        for index, state in optimizer_state["state"].items():
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{index}.{name}"] = value
-                else:
-                    plain.setdefault(str(index), {})[name] = value
         for rank, process in enumerate(processes):
             tensors |= {f"random.{rank}.{name}": process.pop(name) for name in ("torch", "cuda")}
         state = {
@@ -232,14 +232,15 @@ def load(
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = value
-    accelerator.unwrap_model(model).load_state_dict(parts["model"])
+    sharding.load_state(accelerator.unwrap_model(model), parts["model"])
     if average is not None:
-        average.load_state_dict(parts["average"])
+        sharding.load_state(average, parts["average"])
 
     optimizer_state = {int(index): values for index, values in state["optimizer"]["state"].items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in parts["optimizer"].items():
         index, _, key = name.partition(".")
-        optimizer_state.setdefault(int(index), {})[key] = value
+        optimizer_state.setdefault(int(index), {})[key] = sharding.cut_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["optimizer"]["param_groups"]})
     schedule.load_state_dict(state["schedule"])
     if accelerator.scaler:

@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the field's usual name)
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from hotdog_hf import sharding
 from hotdog_hf.data import IGNORED_LABEL, FeatureDataset
 from hotdog_hf.errors import UserError
 from hotdog_hf.machine import allowed_cores, keep_freed_memory
@@ -42,6 +44,7 @@ def build_accelerator(
     tracker: str = "none",
     num_threads: int | None = None,
     deterministic: bool = False,
+    may_shard: bool = False,
 ) -> Accelerator:
     """Create the Accelerator for the hardware at hand, with exactly the processes that were launched.
 
@@ -63,18 +66,21 @@ def build_accelerator(
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UserError("leave out the launcher's --dynamo_backend and give --compile to scripts/train.py")
-    for way in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for way in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{way}", "false").lower() == "true":
-            raise UserError(
-                f"the launcher's {way} cuts the network into pieces, which are not saved or resumed here:"
-                " launch without it (--gradient-accumulation-steps and --precision bf16 save memory)"
-            )
+            raise UserError(f"the launcher's {way} is not built in here; for a large network: configs/fsdp.yaml")
+    pieces = sharding.plugin()
+    if pieces and not may_shard:
+        raise UserError("only scripts/train.py cuts a network into pieces (FSDP); launch this without it")
+    if pieces and precision == "fp16":
+        raise UserError("--precision fp16 does not go with FSDP here; use bf16 or no")
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         # accelerate itself would go on without it
         raise UserError(f'--tracker {tracker} is not installed: pip install -e ".[{tracker}]"')
     accelerator = Accelerator(
         cpu=on_cpu,  # without it, processes launched for a machine that has no GPU would not find each other
         mixed_precision=precision,
+        fsdp_plugin=pieces,
         log_with=None if tracker == "none" else tracker,
         project_dir=".",  # until the run's folder is known,
     )
@@ -84,6 +90,8 @@ def build_accelerator(
             f"{wanted} processes were asked for, but this one sees {accelerator.num_processes}; use"
             " `accelerate launch --config_file accelerate_config.yaml --num_processes N scripts/train.py`"
         )
+    if pieces and on_cpu:
+        sharding.shard_on_cpu(accelerator, pieces)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
@@ -132,7 +140,8 @@ def describe_hardware(accelerator: Accelerator) -> str:
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     )
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    return f"{accelerator.num_processes} x {device.type} ({name}), {precision}"
+    pieces = ", sharded (FSDP)" if accelerator.is_fsdp2 else ""
+    return f"{accelerator.num_processes} x {device.type} ({name}), {precision}{pieces}"
 
 
 def describe_versions() -> str:
@@ -180,7 +189,8 @@ def measure_speed(
 
     By one pass each of `batch_size` photos through a copy of `net`.
     """
-    net = copy.deepcopy(net).to(accelerator.device, memory_format=MEMORY_FORMAT)
+    if not sharding.is_sharded(net):
+        net = copy.deepcopy(net).to(accelerator.device, memory_format=MEMORY_FORMAT)
     images = torch.zeros(batch_size, 3, image_size, image_size, device=accelerator.device)
     images, seconds = _laid_out(images), []
     for learn in (True, True, False):  # the first only warms up
@@ -233,7 +243,8 @@ def train_steps(
         for number, (image_piece, label_piece) in enumerate(pieces, start=1):
             last = number == len(pieces)
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                logits = model(image_piece)
+                with accelerator.autocast():  # FSDP does not bring it along, as DDP does
+                    logits = model(image_piece).float()
                 loss = F.cross_entropy(
                     logits,
                     label_piece,
@@ -298,9 +309,21 @@ def epoch_row(accelerator: Accelerator, totals: torch.Tensor, seconds: float) ->
     }
 
 
+def prepare(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Return model and optimizer as the launch wants them: one process, copies (DDP), or pieces (FSDP)."""
+    if accelerator.is_fsdp2:
+        return sharding.prepare(accelerator, model, optimizer, average)
+    return accelerator.prepare(model, optimizer)
+
+
 def share_state(model: torch.nn.Module) -> None:
     """Give every process the first one's weights and BatchNorm statistics; those each counts on its own."""
-    broadcast(list(model.state_dict().values()))
+    broadcast([value for value in model.state_dict().values() if not isinstance(value, DTensor)])
 
 
 @torch.no_grad()
@@ -392,6 +415,8 @@ def predict(
             return model(images).float().softmax(dim=1)
 
     probabilities, labels = _gather(accelerator, loader, probabilities_of, title)
+    if sharding.is_sharded(model):
+        model.reshard()  # else the last layers wait for a backward pass, whole
     if (broken := ~probabilities.isfinite().all(dim=1)).any():
         first = loader.dataset.name_of(int(broken.nonzero()[0]))
         raise NonFiniteLossError(

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -35,14 +35,22 @@ SOURCE_KEYS = frozenset(
 )
 
 
-def save_model(model: torch.nn.Module, folder: str | os.PathLike, license: str = "apache-2.0") -> Path:
+def save_model(
+    model: torch.nn.Module,
+    folder: str | os.PathLike,
+    license: str = "apache-2.0",
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """Write `model.safetensors` and `config.json` (architecture, class names, preprocessing) as `folder`.
 
-    The folder is written beside its place and moved there whole, replacing an earlier one.
+    `weights` are the model's own unless given (whole, where it holds only pieces of them). The folder is
+    written beside its place and moved there whole, replacing an earlier one.
     """
     folder = Path(folder)
-    # safetensors takes plain memory only, not channels_last; the copy leaves the model in training as it is.
-    plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+    # safetensors takes plain memory only, not channels_last.
+    weights = {name: value.cpu().contiguous() for name, value in (weights or model.state_dict()).items()}
+    plain = copy.copy(model)  # shares all but what is set here, so that the model in training stays as it is
+    plain.state_dict = lambda: weights
     cfg = plain.pretrained_cfg
     ours = {"tag": "hotdog_hf", "license": license}
     plain.pretrained_cfg = {key: value for key, value in cfg.items() if key not in SOURCE_KEYS} | ours

@@ -6,6 +6,8 @@ import torch
 from timm.models import group_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from hotdog_hf import sharding
+
 
 def parameter_groups(
     model: torch.nn.Module,
@@ -94,7 +96,12 @@ def build_average(net: torch.nn.Module, decay: float) -> AveragedModel | None:
     """
     if decay == 0:
         return None
-    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    blend = get_ema_multi_avg_fn(decay)
+
+    def blend_local(averages: list[torch.Tensor], weights: list[torch.Tensor], count: torch.Tensor) -> None:
+        blend(sharding.local(averages), sharding.local(weights), count)  # it mixes no pieces with buffers
+
+    return AveragedModel(net, multi_avg_fn=blend_local, use_buffers=True)
 
 
 def build_schedule(

@@ -1,6 +1,7 @@
 """One training run from photos to a saved, judged model. The loop lies open in `train`."""
 
 import contextlib
+import copy
 import functools
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from hotdog_hf import (
     photos,
     plots,
     run,
+    sharding,
     stream,
 )
 from hotdog_hf.config import SOLVED_HEADS, TrainConfig, flatten, plain
@@ -128,7 +130,12 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
     )
     if config.run.compile:
         trained.compile()  # in place, so that the weights keep their names
-    trained, optimizer = accelerator.prepare(trained, optimizer)
+    if solved:
+        start_totals = engine.totals_of(
+            accelerator, net.get_classifier(), seen["train"], config.optim.label_smoothing
+        )
+    shell = copy.deepcopy(net).to("meta")  # what is saved besides the weights, which a launch may cut in pieces
+    trained, optimizer = engine.prepare(accelerator, trained, optimizer, average)
 
     # The run's folder, made last of all that can be refused, so that a refused start leaves nothing behind.
     identity = {
@@ -221,8 +228,7 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
     scores = predicted = None
     for epoch in range(progress.epoch, config.optim.epochs + 1):
         if epoch == 0:
-            head, smoothing = net.get_classifier(), config.optim.label_smoothing
-            totals.copy_(engine.totals_of(accelerator, head, seen["train"], smoothing))
+            totals.copy_(start_totals)
             progress.seconds = time.perf_counter() - started
         elif not train_epoch(epoch):
             return None
@@ -245,22 +251,26 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
             best=max(quality, progress.best),
         )
         totals.zero_()
+        keeps = improved if config.run.keep == "best" else epoch == config.optim.epochs
+        kept = net if config.model.cache_features else accelerator.unwrap_model(judged)
+        weights = sharding.whole(kept.state_dict(), keep=is_main) if keeps else None
         with telling_where():
             if is_main:
                 with files.writing_to(run_dir):
                     run.write_metrics(run_dir, progress.rows)
                     plots.plot_curves(progress.rows, watched, run_dir / "curves.png")
-                    if improved if config.run.keep == "best" else epoch == config.optim.epochs:
-                        kept = net if config.model.cache_features else accelerator.unwrap_model(judged)
-                        hub.save_model(kept, run_dir / "model", config.hub.license)
+                    if keeps:
+                        hub.save_model(shell, run_dir / "model", config.hub.license, weights)
             save_checkpoint()
 
     # The kept model on the test split, its card, and its way to the Hub.
     if watched != "test" or predicted is None:
-        if is_main:
+
+        def kept_state() -> dict[str, torch.Tensor]:
             kept = hub.load_model(run_dir / "model")
-            kept = kept.get_classifier() if config.model.cache_features else kept
-            accelerator.unwrap_model(trained).load_state_dict(kept.state_dict())
+            return (kept.get_classifier() if config.model.cache_features else kept).state_dict()
+
+        sharding.load_state(accelerator.unwrap_model(trained), engine.on_main(accelerator, kept_state))
         scores, *predicted = evaluate(trained, "test")
     final = run.final_row(progress.rows, scores, seconds=time.perf_counter() - started)
     if not config.model.cache_features:

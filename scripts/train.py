@@ -18,7 +18,11 @@ def main(config: TrainConfig) -> None:
     from hotdog_hf.training import train
 
     accelerator = engine.build_accelerator(
-        config.run.precision, config.run.tracker, config.run.num_threads, config.run.deterministic
+        config.run.precision,
+        config.run.tracker,
+        config.run.num_threads,
+        config.run.deterministic,
+        may_shard=True,
     )
     if config.hub.push_to_hub and accelerator.is_main_process:
         hub.check_can_push(config.hub.push_to_hub)  # what the Hub would refuse is refused now

@@ -16,13 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.dataclasses import DistributedType
 from conftest import ROOT, TINY_MODEL
 from test_scripts import metrics_of
 
-from hotdog_hf import checkpoint
+from hotdog_hf import checkpoint, hub
 
 CONFIGS = ROOT / "configs"
 LAUNCH = ("accelerate", "launch", "--config_file")
@@ -40,7 +41,8 @@ def test_accelerate_reads_every_file(path):
     config = load_config_from_file(str(path))  # refuses keys that it does not know
     assert isinstance(config, ClusterConfig) and config.mixed_precision == "no"
     several = config.num_processes != 1 or path.stem == "accelerate_config"
-    assert (config.distributed_type == DistributedType.MULTI_GPU) is several
+    kind = DistributedType.FSDP if path.stem == "fsdp" else DistributedType.MULTI_GPU
+    assert (config.distributed_type == kind) is several
     # Two runs on one machine must not meet on a port; two machines must.
     assert config.main_process_port == (29500 if config.num_machines > 1 else 0 if several else None)
 
@@ -109,7 +111,7 @@ def assert_same_numbers(rows, expected):
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys()
         for name in (name for name in row if not re.search("second|share_of_limit", name)):
-            np.testing.assert_allclose(row[name], other[name], rtol=1e-4, err_msg=name)
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,67 @@ def test_two_cpu_processes_compute_as_one(alone, tmp_path, photos_dir, tiny_weig
     assert wait(process) == [0], (tmp_path / "work.log").read_text()
     assert "2 x cpu (1 threads)" in (tmp_path / "work.log").read_text()
     assert_same_numbers(metrics_of(cwd / "runs/it")[:2], alone[:2])
+
+
+# A solved head, AdamW, an average of the weights, accumulation, a kept epoch: all that has pieces.
+BEST = (
+    *("--recipe", "best", "--val-fraction", 0.25, "--gradient-accumulation-steps", 2, "--label-smoothing", 0.1),
+    *("--learning-rate", 0.003, "--schedule", "constant", "--warmup-fraction", 0),
+)
+MORE_EPOCHS = ("--epochs", 3, "--resume", "auto", "--resume-anyway")
+
+
+def launch_in_pieces(cwd, photos_dir, tiny_weights, *flags):
+    """Train a network in pieces over two CPU processes, as a cluster's GPUs would."""
+    fsdp = (*LAUNCH, CONFIGS / "fsdp.yaml", "--num_processes", 2, "--fsdp_min_num_params", 5000)
+    codes = wait(launch(cwd, photos_dir, tiny_weights, *fsdp, train_flags=(*BEST, *flags)))
+    text = (cwd.parent / f"{cwd.name}.log").read_text()
+    assert codes == [0] and "2 x cpu (1 threads), float32, sharded (FSDP)" in text, text
+
+
+@pytest.fixture(scope="module")
+def best_alone(tmp_path_factory, photos_dir, tiny_weights):
+    """The metrics of three epochs of the recipe best, by a single process."""
+    cwd = tmp_path_factory.mktemp("best") / "work"
+    process = launch(cwd, photos_dir, tiny_weights, sys.executable, train_flags=(*BEST, "--epochs", 3))
+    assert wait(process) == [0], (cwd.parent / "work.log").read_text()
+    rows = metrics_of(cwd / "runs/it")
+    assert rows[3]["validation_loss"] != pytest.approx(rows[0]["validation_loss"], rel=0.01)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def in_pieces(tmp_path_factory, photos_dir, tiny_weights):
+    """The working folder of two epochs of it in pieces."""
+    cwd = tmp_path_factory.mktemp("pieces") / "work"
+    launch_in_pieces(cwd, photos_dir, tiny_weights)
+    return cwd
+
+
+def test_a_network_in_pieces_computes_as_one_process(in_pieces, best_alone):
+    assert_same_numbers(metrics_of(in_pieces / "runs/it")[:3], best_alone[:3])
+
+
+def test_what_a_network_in_pieces_saves_is_whole(in_pieces):
+    saved = hub.load_model(in_pieces / "runs/it/model").state_dict()
+    weights, _ = checkpoint.read(checkpoint.latest(in_pieces / "runs/it"))
+    shapes = {name.removeprefix("model."): value.shape for name, value in weights.items() if "model." in name}
+    assert shapes == {name: value.shape for name, value in saved.items()}
+
+
+def test_a_network_in_pieces_goes_on(in_pieces, best_alone, tmp_path, photos_dir, tiny_weights):
+    shutil.copytree(in_pieces, tmp_path / "work")
+    launch_in_pieces(tmp_path / "work", photos_dir, tiny_weights, *MORE_EPOCHS)
+    assert_same_numbers(metrics_of(tmp_path / "work/runs/it"), best_alone)
+
+
+def test_whole_copies_go_on_from_a_checkpoint_of_pieces(
+    in_pieces, best_alone, tmp_path, photos_dir, tiny_weights
+):
+    shutil.copytree(in_pieces, tmp_path / "work")
+    cpu, flags = (*LAUNCH, CONFIGS / "cpu.yaml"), (*BEST, *MORE_EPOCHS)
+    assert wait(launch(tmp_path / "work", photos_dir, tiny_weights, *cpu, train_flags=flags)) == [0]
+    assert_same_numbers(metrics_of(tmp_path / "work/runs/it"), best_alone)
 
 
 def free_port():
