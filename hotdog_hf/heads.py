@@ -61,9 +61,9 @@ def probe_head(
     fewest = int(np.bincount(labels).min())
     if fewest < 2:
         raise UserError("--head-init probe needs at least 2 training photos of every class")
-    # Newton's method takes a handful of steps; its matrix grows with the square of the classes.
-    solver = "newton-cholesky" if len(np.unique(labels)) == 2 else "lbfgs"
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(solver=solver, max_iter=5000))
+    # Newton's method without its matrix of D x D, whose solution took most of a probe's time.
+    regression = LogisticRegression(solver="newton-cg", tol=1e-6, max_iter=5000)
+    pipeline = make_pipeline(StandardScaler(), regression)
     split = StratifiedKFold(min(PROBE_FOLDS, fewest), shuffle=True, random_state=seed).split(labels, labels)
     starts = np.arange(1 + len(views))[:, None] * len(labels)
     folds = [((starts + learned).ravel(), judged) for learned, judged in split]
