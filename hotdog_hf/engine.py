@@ -68,7 +68,9 @@ def build_accelerator(
         raise UserError("leave out the launcher's --dynamo_backend and give --compile to scripts/train.py")
     for way in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{way}", "false").lower() == "true":
-            raise UserError(f"the launcher's {way} is not built in here; for a large network: configs/fsdp.yaml")
+            raise UserError(
+                f"the launcher's {way} is not built in here; for a large network: configs/fsdp.yaml"
+            )
     pieces = sharding.plugin()
     if pieces and not may_shard:
         raise UserError("only scripts/train.py cuts a network into pieces (FSDP); launch this without it")
@@ -82,7 +84,7 @@ def build_accelerator(
         mixed_precision=precision,
         fsdp_plugin=pieces,
         log_with=None if tracker == "none" else tracker,
-        project_dir=".",  # until the run's folder is known,
+        project_dir=".",  # until the run's folder is known
     )
     wanted = _launched_processes()
     if wanted != accelerator.num_processes:
@@ -90,6 +92,8 @@ def build_accelerator(
             f"{wanted} processes were asked for, but this one sees {accelerator.num_processes}; use"
             " `accelerate launch --config_file accelerate_config.yaml --num_processes N scripts/train.py`"
         )
+    if pieces and accelerator.num_processes == 1:
+        raise UserError("FSDP cuts a network over several processes: --num_processes 2 or more")
     if pieces and on_cpu:
         sharding.shard_on_cpu(accelerator, pieces)
     if deterministic:

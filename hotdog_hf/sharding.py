@@ -63,7 +63,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 def whole(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
-    """Return named tensors, pieces joined, in the CPU's memory one after the other.
+    """Return named tensors, with pieces joined in the CPU's memory, one after the other.
 
     To be called by every process; those that do not `keep` them get nothing.
     """

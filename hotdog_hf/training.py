@@ -134,7 +134,9 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
         start_totals = engine.totals_of(
             accelerator, net.get_classifier(), seen["train"], config.optim.label_smoothing
         )
-    shell = copy.deepcopy(net).to("meta")  # what is saved besides the weights, which a launch may cut in pieces
+    shell = copy.deepcopy(net).to(
+        "meta"
+    )  # what is saved besides the weights, which a launch may cut in pieces
     trained, optimizer = engine.prepare(accelerator, trained, optimizer, average)
 
     # The run's folder, made last of all that can be refused, so that a refused start leaves nothing behind.

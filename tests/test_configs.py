@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.dataclasses import DistributedType
@@ -132,7 +131,16 @@ def test_two_cpu_processes_compute_as_one(alone, tmp_path, photos_dir, tiny_weig
 
 # A solved head, AdamW, an average of the weights, accumulation, a kept epoch: all that has pieces.
 BEST = (
-    *("--recipe", "best", "--val-fraction", 0.25, "--gradient-accumulation-steps", 2, "--label-smoothing", 0.1),
+    *(
+        "--recipe",
+        "best",
+        "--val-fraction",
+        0.25,
+        "--gradient-accumulation-steps",
+        2,
+        "--label-smoothing",
+        0.1,
+    ),
     *("--learning-rate", 0.003, "--schedule", "constant", "--warmup-fraction", 0),
 )
 MORE_EPOCHS = ("--epochs", 3, "--resume", "auto", "--resume-anyway")

@@ -114,11 +114,26 @@ def test_a_launcher_that_compiles_is_refused(monkeypatch):
         engine.build_accelerator()
 
 
-@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
-def test_a_launcher_that_cuts_the_network_into_pieces_is_refused(monkeypatch, way):
-    monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")
-    with pytest.raises(UserError, match=f"the launcher's {way} cuts the network into pieces"):
+def test_deepspeed_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"DEEPSPEED is not built in here; .* configs/fsdp.yaml"):
         engine.build_accelerator()
+
+
+@pytest.mark.parametrize(
+    ("version", "may_shard", "precision", "message"),
+    [
+        ("1", True, "no", "FSDP is version 1; use fsdp_version: 2"),
+        ("2", False, "no", r"only scripts/train.py cuts a network into pieces"),
+        ("2", True, "fp16", "fp16"),
+        ("2", True, "no", "several processes: --num_processes 2 or more"),
+    ],
+)
+def test_pieces_that_would_not_work_are_refused(monkeypatch, version, may_shard, precision, message):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(UserError, match=message):
+        engine.build_accelerator(precision, num_threads=1, may_shard=may_shard)
 
 
 def test_a_compiled_network_learns_the_same_and_keeps_its_names(
