@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 
 from hotdog_hf.engine import describe_versions
+from hotdog_hf.files import write_text
 
 # Names of the metrics as the Hub lists them, and as people read them.
 CARD_METRICS = {
@@ -66,9 +67,7 @@ def write_card(
         ]
     )
     huggingface_hub.ModelCard(text)  # raises where the metadata is not valid
-    part = folder / "README.md.part"
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(folder / "README.md")
+    write_text(folder / "README.md", text + "\n")
     return folder / "README.md"
 
 

@@ -114,8 +114,7 @@ def check_folder(data_dir: str | os.PathLike, *, cache_file: Path | None, progre
     photos = list_photos(data_dir)
     report = check_photos(photos, cache_file=cache_file, progress=progress)
     faults = [Finding("classes", fault) for fault in class_faults(data_dir, photos)]
-    unused = [Finding(kind, str(path), (path,)) for kind, path in unused_files(data_dir, set(report.records))]
-    return dataclasses.replace(report, findings=_sorted([*report.findings, *faults, *unused]))
+    return _with_findings(report, [*faults, *_unused(data_dir, report)])
 
 
 def check_photos(photos: Photos, *, cache_file: Path | None, progress: bool) -> Report:
@@ -156,6 +155,7 @@ def files_to_skip(data_dir: str | os.PathLike, policy: str, *, progress: bool) -
     With the policy "fail" a file that cannot be used is a `UserError`, with "skip" it is returned.
     """
     report = check_photos(find_photos(data_dir), cache_file=default_cache_file(), progress=progress)
+    report = _with_findings(report, _unused(data_dir, report))
     if policy == "fail":
         require_readable(report)
     return unreadable(report), f"{summary(report)}; `python scripts/check_data.py {data_dir}` says more"
@@ -166,6 +166,14 @@ def summary(report: Report) -> str:
     kinds = collections.Counter(finding.kind for finding in report.findings)
     found = ", ".join(f"{count} {kind} ({KINDS[kind][0]})" for kind, count in kinds.items())
     return f"photos checked: {found or 'nothing found'}"
+
+
+def _unused(data_dir: str | os.PathLike, report: Report) -> list[Finding]:
+    return [Finding(kind, str(path), (path,)) for kind, path in unused_files(data_dir, set(report.records))]
+
+
+def _with_findings(report: Report, more: list[Finding]) -> Report:
+    return dataclasses.replace(report, findings=_sorted([*report.findings, *more]))
 
 
 def _sorted(findings: Iterable[Finding]) -> list[Finding]:

@@ -184,7 +184,8 @@ def run_dir_of(checkpoint: Path) -> Path:
 def check_same_run(saved: dict, now: dict, anyway: bool) -> None:
     """Raise `UserError` naming what differs between two descriptions of a run.
 
-    Each holds `config` (in groups), `num_processes` and `photos` (path to size and time).
+    Each holds `config` (in groups), `num_processes`, `precision` (what "auto" has become) and `photos` (path
+    to size and time).
     """
     differences, refused = [], False
     knobs, knobs_now = flatten(saved["config"]), flatten(now["config"])
@@ -195,6 +196,9 @@ def check_same_run(saved: dict, now: dict, anyway: bool) -> None:
             refused |= name not in CHANGEABLE
     if saved["num_processes"] != now["num_processes"]:
         differences.append(f"{saved['num_processes']} processes were used, now {now['num_processes']}")
+        refused = True
+    if (precision := saved.get("precision", now["precision"])) != now["precision"]:
+        differences.append(f"the precision was {precision}, is {now['precision']}")
         refused = True
     photos, photos_now = saved["photos"], now["photos"]
     changed = sorted(

@@ -22,7 +22,7 @@ SAMPLE_DATA_DIR = "data/sample"
 
 def _require(holds: bool, flag: str, value: object, rule: str) -> None:
     if not holds:
-        raise ValueError(f"{flag} {rule}, got {value!r}")
+        raise ValueError(f"{flag} {rule}" + ("" if value is True else f", got {value!r}"))
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     # Share of all steps in which the rates rise linearly from 0.
     warmup_fraction: float = 0.0
-    # Share of what the true class's target gives to all classes alike.
+    # Share of the target that is spread evenly over all classes instead of going to the true one.
     label_smoothing: float = 0.0
     # Judge and keep a running average of the weights instead of the last: how much of it stays at each step.
     # 0: no average.
@@ -225,7 +225,7 @@ class RunConfig:
     keep: Literal["last", "best"] = "last"
     # Seed of the head's initialisation, the order of the photos, the augmentation and the validation split.
     seed: int = 0
-    # Take only algorithms that give the same bits every time: slower on a GPU, and always so on a CPU.
+    # Take only algorithms that give the same bits every time: slower on a GPU; a CPU does it anyway.
     deterministic: bool = False
     # Arithmetic. "auto": bf16 or fp16 if accelerate was launched with it, else bf16 on GPUs that have it.
     # "no" is float32 everywhere.
@@ -298,14 +298,14 @@ class TrainConfig:
             self.data.augmentation == "none" or not self.model.cache_features,
             "--augmentation",
             self.data.augmentation,
-            "gives other features in every epoch: --cache-features needs none",
+            "must be none where features are cached, or add --no-cache-features",
         )
         all_features = self.model.head_init in SOLVED_HEADS or self.model.cache_features
         _require(
             not (self.data.streaming and all_features),
             "--streaming",
             True,
-            "cannot hold the features of all photos: leave out --cache-features, and use --head-init xavier",
+            "cannot hold the features of all photos: add --no-cache-features and --head-init xavier",
         )
         views = self.model.probe_views
         _require(views >= 0, "--probe-views", views, "is 0 or more")

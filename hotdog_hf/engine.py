@@ -236,7 +236,7 @@ def train_steps(
     bar = tqdm(desc=title, unit="img", leave=False, disable=_no_bar(accelerator))
     bar.total, unchecked = loader.batch_sampler.size, None
     bar.update(loader.batch_sampler.photos_skipped())
-    batches = _timed(loader)
+    batches, sharded = _timed(loader), sharding.is_sharded(model)
     for (batch, waited), step_size in zip(batches, loader.batch_sampler.step_sizes(), strict=True):
         images = _laid_out(batch["pixel_values"].to(accelerator.device, non_blocking=True))
         labels = batch["labels"].to(accelerator.device, non_blocking=True)
@@ -244,9 +244,14 @@ def train_steps(
         # batch, exact for a short last batch too; divided by its size they are the mean.
         scale = accelerator.num_processes / (step_size if loss_reduction == "mean" else 1)
         pieces = list(zip(images.chunk(accumulation_steps), labels.chunk(accumulation_steps), strict=True))
+        if sharded:
+            # They fetch the weights together, so that each needs as many pieces: this one counts for nothing.
+            idle = (images[:1], torch.full_like(labels[:1], IGNORED_LABEL))
+            pieces = [idle] * (accumulation_steps - len(pieces)) + pieces
         for number, (image_piece, label_piece) in enumerate(pieces, start=1):
-            last = number == len(pieces)
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            # Adding up gradients here spares copies the network; pieces it would cost whole gradients.
+            together = sharded or number == len(pieces)
+            with contextlib.nullcontext() if together else accelerator.no_sync(model):
                 with accelerator.autocast():  # FSDP does not bring it along, as DDP does
                     logits = model(image_piece).float()
                 loss = F.cross_entropy(
@@ -299,6 +304,7 @@ def _require_finite(
         raise NonFiniteLossError(
             f"the loss became {loss.item()} at learning rates from {min(rates):.3g} to {max(rates):.3g},"
             f" on {len(indices)} photos: {', '.join(names)}{', ...' if len(indices) > 5 else ''}"
+            "; start a new run with a lower --learning-rate"
         )
 
 
@@ -419,8 +425,7 @@ def predict(
             return model(images).float().softmax(dim=1)
 
     probabilities, labels = _gather(accelerator, loader, probabilities_of, title)
-    if sharding.is_sharded(model):
-        model.reshard()  # else the last layers wait for a backward pass, whole
+    sharding.reshard(model)
     if (broken := ~probabilities.isfinite().all(dim=1)).any():
         first = loader.dataset.name_of(int(broken.nonzero()[0]))
         raise NonFiniteLossError(

@@ -62,8 +62,10 @@ def list_photos(data_dir: str | os.PathLike) -> Photos:
 
 def split_folder(
     source: str | os.PathLike, target: str | os.PathLike, shares: dict[str, float], seed: int
-) -> Photos:
+) -> tuple[Photos, list[Path]]:
     """Make the data folder `target` of the photos in `source/<class>/*`, with these shares beside train.
+
+    Returns the photos of the new folder, and the files of the source that were left out.
 
     Files are linked where the disk allows, else copied. What a file holds decides where it goes, so that a
     photo under two names stays on one side. Raises `UserError` for a folder of another form, a class of too
@@ -98,7 +100,8 @@ def split_folder(
                     os.link(path.resolve(), place)
                 except OSError:  # another disk, or one without links
                     shutil.copy2(path, place)
-    return find_photos(made)
+    used = {path for files in classes.values() for path in files}
+    return find_photos(made), sorted(path for _, path in unused_files(root, used))
 
 
 def is_hidden(name: str) -> bool:

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -169,7 +170,8 @@ def push_folder(
                 api.create_branch(repo, branch=revision, exist_ok=True)
             api.create_commit(repo, operations, commit_message="Upload with hotdog_hf", revision=revision)
     except UserError as error:
-        again = f"python scripts/push.py {folder} {repo}"
+        flags = [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
+        again = shlex.join(["python", "scripts/push.py", str(folder), repo, *flags])
         raise UserError(
             f"{error}. Nothing is lost: {folder} is as it was; push it later with `{again}`"
         ) from error

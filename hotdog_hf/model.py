@@ -1,7 +1,9 @@
 """A pretrained timm network with a new output layer, carrying its preprocessing and class names."""
 
+import copy
 import difflib
 import importlib.resources
+import itertools
 import pickle
 from pathlib import Path
 
@@ -28,7 +30,7 @@ def create_source(name: str, weights: str, image_size: int | None = None) -> tor
     `weights` is "auto", "bundled", "none", or a .safetensors/.pth file. Raises `UserError` for an unknown
     model, unreachable or unsuitable weights; never falls back to random ones.
     """
-    name = CHAPTER_MODEL if name == "resnet18" else name
+    name = _full_name(name)
     _check_name(name)
     options = {} if image_size is None else _size_options(name, image_size)
     if weights == "none":
@@ -41,7 +43,7 @@ def create_source(name: str, weights: str, image_size: int | None = None) -> tor
 
 def describe_source(name: str, weights: str) -> str:
     """Say in a few words what training starts from; a Hub name for weights that have one."""
-    name = CHAPTER_MODEL if name == "resnet18" else name
+    name = _full_name(name)
     kinds = {
         "auto": f"timm/{name}",
         "none": f"random weights of {name}",
@@ -56,9 +58,13 @@ def describe_source(name: str, weights: str) -> str:
 
 def input_size(name: str) -> int:
     """Return the side in pixels of a model's own input."""
-    name = CHAPTER_MODEL if name == "resnet18" else name
+    name = _full_name(name)
     _check_name(name)
     return timm.get_pretrained_cfg(name).input_size[-1]
+
+
+def _full_name(name: str) -> str:
+    return CHAPTER_MODEL if name == "resnet18" else name
 
 
 def _check_name(name: str) -> None:
@@ -97,7 +103,10 @@ def _timm_weights_file(name: str) -> Path:
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read a .safetensors file, or a .pth/.pt/.bin one without running any code in it."""
     if not path.is_file():
-        raise UserError(f"--weights {path}: no such file (a file, or one of auto, bundled, none)")
+        raise UserError(
+            f"--weights {path}: no such file (a file, a saved model's folder, hf-hub:user/name, or auto,"
+            " bundled, none)"
+        )
     try:
         if path.suffix == ".safetensors":
             state_dict = safetensors.torch.load_file(path)
@@ -229,6 +238,12 @@ def resting_modules(net: torch.nn.Module, *, body: bool, batch_norm: bool) -> li
         return [net]  # a linear output layer computes the same in either mode
     kinds = torch.nn.modules.batchnorm._BatchNorm
     return [module for module in net.modules() if batch_norm and isinstance(module, kinds)]
+
+
+def without_weights(net: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a network that holds no memory: all that is saved of it besides its weights."""
+    tensors = itertools.chain(net.parameters(), net.buffers())
+    return copy.deepcopy(net, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
 
 
 def data_config_of(model: torch.nn.Module) -> dict:

@@ -99,9 +99,8 @@ class StopSignal:
             os.kill(os.getpid(), number)
         elif not self.number:
             self.number, self.time = int(number), now
-            print(
-                f"\n{signal.Signals(number).name}: finishing the step and saving", file=sys.stderr, flush=True
-            )
+            said = "stopping after the next training step, and saving; once more to end at once"
+            print(f"\n{signal.Signals(number).name}: {said}", file=sys.stderr, flush=True)
 
     @property
     def exit_code(self) -> int:
@@ -114,8 +113,14 @@ def resume_command(run_dir: Path) -> str:
     processes = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"]
     if processes != "1":
+        config, machines = "accelerate_config.yaml", ""
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            config = "configs/fsdp.yaml"
+        if processes != os.environ.get("LOCAL_WORLD_SIZE", processes):
+            config = "configs/two_nodes.yaml"
+            machines = f" --machine_rank 0 --main_process_ip {os.environ.get('MASTER_ADDR')}"
         launcher = shlex.split(
-            f"accelerate launch --config_file accelerate_config.yaml --num_processes {processes}"
+            f"accelerate launch --config_file {config} --num_processes {processes}{machines}"
         )
     if Path(sys.argv[0]).name != "train.py":
         return shlex.join([*launcher, *sys.argv])

@@ -12,10 +12,13 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel
 
 from hotdog_hf.errors import UserError
+
+CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
 
 
 def plugin() -> FullyShardedDataParallelPlugin | None:
@@ -25,8 +28,8 @@ def plugin() -> FullyShardedDataParallelPlugin | None:
     asked = FullyShardedDataParallelPlugin()
     if asked.fsdp_version != 2:
         raise UserError("the launcher's FSDP is version 1; use fsdp_version: 2, as in configs/fsdp.yaml")
-    # Weights stay float32 and autocast computes in bf16, as on one GPU; accelerate's own policy would also
-    # sum the gradients and run BatchNorm in bf16.
+    # Weights stay float32 and autocast computes in bf16, as on one GPU, for a whole copy in bf16 from forward
+    # to backward. accelerate's own policy would also sum the gradients and run BatchNorm in bf16.
     asked.mixed_precision_policy = MixedPrecisionPolicy()
     return asked
 
@@ -47,7 +50,22 @@ def prepare(
     optimizer: torch.optim.Optimizer,
     average: AveragedModel | None,
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Cut model and average in place, and give the optimizer the pieces."""
+    """Cut model and average in place, block by block, and give the optimizer the pieces.
+
+    By accelerate's size policy: of a container with more parameters than its limit, each block is a unit that
+    is fetched as a whole. The policy itself would take the container, which may never be called.
+    """
+    asked = accelerator.state.fsdp_plugin
+    if asked.auto_wrap_policy is size_based_auto_wrap_policy:
+        containers = [module for module in model.modules() if isinstance(module, CONTAINERS)]
+        large = [
+            module
+            for module in containers
+            if sum(parameter.numel() for parameter in module.parameters()) > asked.min_num_params
+        ]
+        blocks = {type(child) for module in large for child in module.children()} - set(CONTAINERS)
+        asked.transformer_cls_names_to_wrap = sorted(block.__name__ for block in blocks)
+        asked.auto_wrap_policy = transformer_auto_wrap_policy
     for whole_net in (model, average):
         if whole_net is not None:
             whole_net.to(memory_format=torch.contiguous_format)  # FSDP takes no other
@@ -60,6 +78,13 @@ def prepare(
 def is_sharded(model: torch.nn.Module) -> bool:
     """Tell whether the processes hold pieces of `model`."""
     return isinstance(model, FSDPModule)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Give back what an evaluation has fetched: the last layers would wait, whole, for a backward pass."""
+    for module in model.modules():
+        if is_sharded(module):
+            module.reshard()
 
 
 def whole(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:

@@ -61,7 +61,7 @@ COMMON = (
     "num_workers",
     "num_threads",
 )
-PICTURES = ("intervals.png", "curves.png", "rates.png")
+PICTURES = ("curves.png", "intervals.png", "rates.png")
 # Marks a run whose loss became infinite, which is its result.
 BROKE_FILE = "broke.json"
 # Share of train that judges the grid and the variants.
@@ -499,9 +499,7 @@ def write_study(study_dir: Path, results: list[Result], zero: dict | None, facts
         variants=choices_table(results, "variants"),
         choice_fraction=CHOICE_FRACTION,
         minutes=round(sum(result.rows[-1]["seconds"] for result in results if result.rows) / 60),
-        pictures=[
-            name for name in ("curves.png", "intervals.png", "rates.png") if (study_dir / name).is_file()
-        ],
+        pictures=[name for name in PICTURES if (study_dir / name).is_file()],
         **facts,
     )
     write_text(study_dir / "README.md", text)

@@ -1,7 +1,6 @@
 """One training run from photos to a saved, judged model. The loop lies open in `train`."""
 
 import contextlib
-import copy
 import functools
 import time
 from collections.abc import Iterator
@@ -124,25 +123,25 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
     schedule = optim.build_schedule(
         optimizer, config.optim.schedule, total_steps, config.optim.warmup_fraction
     )
+    if solved:
+        head, smoothing = net.get_classifier(), config.optim.label_smoothing
+        start_totals = engine.totals_of(accelerator, head, seen["train"], smoothing)
+    shell = model.without_weights(net)  # to be saved with weights that a launch may cut into pieces
+    if accelerator.is_fsdp2:
+        net.cpu()  # its pieces go from there to the GPUs, which need not hold it and its average whole
     average = optim.build_average(trained, config.optim.ema_decay)
     resting = model.resting_modules(
         trained, body=config.model.freeze_body, batch_norm=config.model.batch_norm == "source"
     )
     if config.run.compile:
         trained.compile()  # in place, so that the weights keep their names
-    if solved:
-        start_totals = engine.totals_of(
-            accelerator, net.get_classifier(), seen["train"], config.optim.label_smoothing
-        )
-    shell = copy.deepcopy(net).to(
-        "meta"
-    )  # what is saved besides the weights, which a launch may cut in pieces
     trained, optimizer = engine.prepare(accelerator, trained, optimizer, average)
 
     # The run's folder, made last of all that can be refused, so that a refused start leaves nothing behind.
     identity = {
         "config": plain(config),
         "num_processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
         "photos": data.manifest(splits, config.data.data_dir),
     }
     found = engine.on_main(accelerator, lambda: _checkpoint_to_go_on_from(config, identity))
@@ -216,7 +215,8 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -
             ):
                 progress.step += 1
                 progress.total_steps += 1
-                progress.seconds += -tick + (tick := time.perf_counter())
+                before, tick = tick, time.perf_counter()
+                progress.seconds += tick - before
                 progress.waited += waited
                 stopped = engine.agree(accelerator, bool(stop.number))
                 if stopped or (every != "epoch" and progress.total_steps % every == 0):

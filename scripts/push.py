@@ -8,6 +8,7 @@ Log in once with `hf auth login`, or set HF_TOKEN.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 from tyro.conf import Positional
@@ -43,7 +44,10 @@ def main(config: PushConfig) -> None:
         hub.check_can_push(repo, repo_type="dataset")
         print("pushed to", data.push_photos(photos, repo, private=config.private))
     else:
-        hub.load_model(folder := config.names[0])  # what does not load is not worth uploading
+        folder = config.names[0]
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder} is no folder: give a run's model/")
+        hub.load_model(folder)  # what does not load is not worth uploading
         hub.check_can_push(repo)
         print("pushed to", hub.push_folder(folder, repo, private=config.private, revision=config.revision))
 

@@ -1,7 +1,7 @@
 """The chapter's claim and its exercises as one study, with numbers one can trust.
 
 accelerate launch scripts/reproduce.py                                    # all of it, on the chapter's photos
-accelerate launch scripts/reproduce.py --data-dir my/photos --seeds 3 --only finetune,scratch,best
+accelerate launch scripts/reproduce.py --data-dir my/photos --seeds 3 --only finetune scratch best
 python scripts/reproduce.py --only rates --image-size 128                 # one exercise, on smaller pictures
 
 Runs that are finished are not run again: the same command goes on where it was stopped.
@@ -10,7 +10,7 @@ Runs that are finished are not run again: the same command goes on where it was 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import tyro
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import DatasetDict
 
-EXPERIMENTS = "finetune scratch frozen class-vector probe best rates grid variants".split()
+Experiment = Literal[
+    "finetune", "scratch", "frozen", "class-vector", "probe", "best", "rates", "grid", "variants"
+]
+EXPERIMENTS = get_args(Experiment)
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class ReproduceConfig:
     source_class: tuple[str, ...] = ()
     # Seeds 0, 1, ... of each arm (rates and grid have one seed, variants at most two).
     seeds: int = 5
-    # What to run, with commas between: finetune, scratch, frozen, class-vector, probe, best (the arms), rates
-    # (exercise 1), grid (exercise 2), variants (what was tried for "best"). Unset: all but the variants.
-    only: str = ",".join(EXPERIMENTS[:-1])
+    # What to run: rates is exercise 1, grid exercise 2, variants what was tried for "best"; the others are
+    # the arms. Unset: all but the variants.
+    only: tuple[Experiment, ...] = EXPERIMENTS[:-1]
     # Epochs of every run but the probe's. Unset: each recipe's own.
     epochs: int | None = None
     # Side of the square input in pixels. Unset: the model's own.
@@ -60,8 +63,6 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
-        if wrong := sorted(set(self.only.split(",")) - set(EXPERIMENTS)):
-            raise ValueError(f"--only {wrong[0]!r} is none of {', '.join(EXPERIMENTS)}")
 
 
 def main(config: ReproduceConfig) -> None:
@@ -85,7 +86,7 @@ def main(config: ReproduceConfig) -> None:
     splits, _ = photos.open_photos(data_config, 0, accelerator)
     manifest, counts = data.manifest(splits, config.data_dir), data.counts(splits)
     common = {name: value for name in study.COMMON if (value := getattr(config, name)) is not None}
-    experiments = [name for name in EXPERIMENTS if name in config.only.split(",")]
+    experiments = [name for name in EXPERIMENTS if name in config.only]
     if "class-vector" in experiments and len(experiments) > 1:
         try:
             load_source(config, splits)

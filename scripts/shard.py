@@ -5,7 +5,7 @@ python scripts/train.py --data-dir my/shards --streaming
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -23,6 +23,8 @@ class ShardConfig:
     target: Annotated[str, Positional, tyro.conf.arg(metavar="TARGET")]
     # Photos in a shard at most. A number of shards that the processes divide is read fastest.
     photos_a_shard: int = 2000
+    # Photos that cannot be read: end with their names, or go on without them.
+    bad_images: Literal["fail", "skip"] = "fail"
     # Another seed, another order.
     seed: int = 0
 
@@ -36,11 +38,13 @@ def main(config: ShardConfig) -> None:
     # Imported here so that --help and a mistyped flag answer at once.
     from pathlib import Path
 
-    from hotdog_hf import engine, photos, stream
+    from hotdog_hf import engine, files, photos, stream
     from hotdog_hf.config import DataConfig
 
-    splits, _ = photos.open_photos(DataConfig(data_dir=config.source), 0, engine.build_accelerator())
-    made = stream.write_shards(splits, Path(config.target), config.photos_a_shard, config.seed)
+    data_config = DataConfig(data_dir=config.source, bad_images=config.bad_images)
+    splits, _ = photos.open_photos(data_config, 0, engine.build_accelerator())
+    with files.writing_to(Path(config.target)):
+        made = stream.write_shards(splits, Path(config.target), config.photos_a_shard, config.seed)
     print(f"{config.target}: {', '.join(f'{count} shards of {split}' for split, count in made.items())}")
 
 

@@ -40,10 +40,14 @@ def main(config: SplitConfig) -> None:
     shares = {"test": config.test_fraction}
     if config.val_fraction:
         shares["validation"] = config.val_fraction
-    made = split_folder(config.source, config.target, shares, config.seed)
+    made, left_out = split_folder(config.source, config.target, shares, config.seed)
     for split, classes in made.items():
         counts = ", ".join(f"{len(files)} {name}" for name, files in classes.items())
         print(f"{config.target}/{split}: {counts}")
+    if left_out:
+        print(
+            f"left out: {len(left_out)} files not named as images or outside <class>/*, first {left_out[0]}"
+        )
     print(f"look for copies that differ in their bytes: python scripts/check_data.py {config.target}")
 
 

@@ -190,7 +190,17 @@ def test_a_failed_upload_keeps_the_model_and_says_how_to_push_later(train, photo
     assert "model.safetensors" in server.repos["model", "tester/late"].at("main").files
 
 
+def test_pushing_later_stays_private_and_on_its_branch(server, env, pushed):
+    saved = pushed[1] / "model"
+    server.fail_next("POST", "tester/secret/commit", status=500)
+    flags = ("--private", "--revision", "try-2")
+    done = run("python", ROOT / "scripts/push.py", saved, "tester/secret", *flags, **env)
+    assert f"`python scripts/push.py {saved} tester/secret --private --revision try-2`" in done.stderr
+
+
 def test_what_is_no_model_is_not_pushed(tmp_path, env):
+    done = run("python", ROOT / "scripts/push.py", "hf-hub:tester/nothing", "tester/copy", **env)
+    assert done.returncode == 2 and "hf-hub:tester/nothing is no folder" in done.stderr
     done = run("python", ROOT / "scripts/push.py", tmp_path, "tester/nothing", **env)
     assert done.returncode == 2 and "is no saved model" in done.stderr
     done = run("python", ROOT / "scripts/push.py", "tester/nothing", **env)

@@ -24,6 +24,7 @@ from test_engine import TWO_PROCESSES
 from hotdog_hf import checkpoint, data, engine, training
 from hotdog_hf.config import parse_train_config
 from hotdog_hf.errors import UserError
+from hotdog_hf.run import resume_command
 
 # Kills of the whole process group in each setting; more by HOTDOG_KILLS=20.
 KILLS = int(os.environ.get("HOTDOG_KILLS", "2"))
@@ -247,7 +248,7 @@ def test_a_signal_stops_after_the_step_and_the_printed_command_goes_on(
     os.killpg(process.pid, number)  # as a terminal does: workers get it too
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert "finishing the step and saving" in err and "Traceback" not in err
+    assert "stopping after the next training step, and saving" in err and "Traceback" not in err
     [command] = re.findall(r"go on with: python (.*)", out)
     done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -311,13 +312,45 @@ def test_more_epochs_go_on_when_told_to(train, photos_dir, reference, tmp_path):
 )
 def test_other_photos_are_not_gone_on_with(photos_dir, tmp_path, change, message):
     folder = shutil.copytree(photos_dir, tmp_path / "photos")
-    described = {"config": {"epochs": 1}, "num_processes": 1}
+    described = {"config": {"epochs": 1}, "num_processes": 1, "precision": "no"}
     before = described | {"photos": data.manifest(data.load_photos(folder), folder)}
     checkpoint.check_same_run(before, before, anyway=False)
     change(folder)
     now = described | {"photos": data.manifest(data.load_photos(folder), folder)}
     with pytest.raises(UserError, match=message):
         checkpoint.check_same_run(before, now, anyway=True)
+
+
+def test_another_precision_is_not_gone_on_with():
+    before = {"config": {}, "num_processes": 1, "precision": "fp16", "photos": {}}
+    with pytest.raises(UserError, match="the precision was fp16, is no"):
+        checkpoint.check_same_run(before, before | {"precision": "no"}, anyway=True)
+
+
+@pytest.mark.parametrize(
+    ("env", "launcher"),
+    [
+        ({}, "python"),
+        ({"WORLD_SIZE": "2"}, "accelerate launch --config_file accelerate_config.yaml --num_processes 2"),
+        (
+            {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"},
+            "accelerate launch --config_file configs/fsdp.yaml --num_processes 2",
+        ),
+        (
+            {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node0"},
+            "accelerate launch --config_file configs/two_nodes.yaml --num_processes 4 --machine_rank 0"
+            " --main_process_ip node0",
+        ),
+    ],
+)
+def test_the_command_that_goes_on_launches_as_before(monkeypatch, env, launcher):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["scripts/train.py", "--epochs", "3", "--resume", "x"])
+    assert (
+        resume_command(Path("runs/it"))
+        == f"{launcher} scripts/train.py --epochs 3 --output-dir runs/it --resume auto"
+    )
 
 
 def test_two_runs_into_one_folder_at_once_are_refused(start, train, photos_dir, tmp_path):

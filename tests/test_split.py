@@ -22,8 +22,14 @@ def names(made):
 
 
 def test_every_photo_goes_to_one_side_and_a_copy_goes_with_its_original(pictures, tmp_path):
+    (pictures / "cat/phone.heic").touch()
     done = run("python", ROOT / "scripts/split.py", pictures, tmp_path / "photos", "--val-fraction", 0.2)
     assert done.returncode == 0, done.stderr
+    assert (
+        f"left out: 1 files not named as images or outside <class>/*, first {pictures}/cat/phone"
+        in done.stdout
+    )
+    (pictures / "cat/phone.heic").unlink()
     made = names(folder.find_photos(tmp_path / "photos"))
     for name in ("cat", "dog"):
         sides = [made[split][name] for split in ("train", "validation", "test")]
@@ -41,7 +47,7 @@ def test_every_photo_goes_to_one_side_and_a_copy_goes_with_its_original(pictures
 
 def test_the_division_goes_by_content_and_seed(pictures, tmp_path):
     def test_photos(target, seed=0):
-        made = folder.split_folder(pictures, tmp_path / target, {"test": 0.3}, seed)
+        made, _ = folder.split_folder(pictures, tmp_path / target, {"test": 0.3}, seed)
         return {path.read_bytes() for path in made["test"]["dog"]}
 
     before, other_seed = test_photos("one"), test_photos("two", seed=1)

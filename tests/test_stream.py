@@ -266,6 +266,15 @@ def test_what_a_stream_cannot_do_is_refused_at_once(groups, message):
         TrainConfig(**{name: group() if callable(group) else group for name, group in groups.items()})
 
 
+def test_unreadable_photos_are_left_out_of_shards_where_asked(photos_dir, tmp_path):
+    shutil.copytree(photos_dir, tmp_path / "photos")
+    next((tmp_path / "photos/train/hotdog").iterdir()).write_bytes(b"no image")
+    words = ("python", ROOT / "scripts/shard.py", tmp_path / "photos", tmp_path / "shards")
+    assert run(*words).returncode == 2
+    assert run(*words, "--bad-images", "skip").returncode == 0
+    assert len(stream.open_stream(str(tmp_path / "shards"), progress=False)["train"]) == 24
+
+
 def test_an_existing_folder_is_not_written_to(shards, photos_dir):
     done = run("python", ROOT / "scripts/shard.py", photos_dir, shards)
     assert done.returncode == 2 and "exists already" in done.stderr and "Traceback" not in done.stderr
