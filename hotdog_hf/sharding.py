@@ -44,27 +44,26 @@ def shard_on_cpu(accelerator: Accelerator, asked: FullyShardedDataParallelPlugin
     accelerator.state.distributed_type = DistributedType.FSDP
 
 
+def block_kinds(model: torch.nn.Module, least: int) -> list[str]:
+    """Return the classes of what stands in containers of more than `least` parameters: a network's blocks."""
+    kinds = set()
+    for module in model.modules():
+        if isinstance(module, CONTAINERS) and sum(value.numel() for value in module.parameters()) > least:
+            kinds |= {type(child) for child in module.children() if not isinstance(child, CONTAINERS)}
+    return sorted(kind.__name__ for kind in kinds)
+
+
 def prepare(
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     average: AveragedModel | None,
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Cut model and average in place, block by block, and give the optimizer the pieces.
-
-    By accelerate's size policy: of a container with more parameters than its limit, each block is a unit that
-    is fetched as a whole. The policy itself would take the container, which may never be called.
-    """
+    """Cut model and average in place, block by block, and give the optimizer the pieces."""
     asked = accelerator.state.fsdp_plugin
     if asked.auto_wrap_policy is size_based_auto_wrap_policy:
-        containers = [module for module in model.modules() if isinstance(module, CONTAINERS)]
-        large = [
-            module
-            for module in containers
-            if sum(parameter.numel() for parameter in module.parameters()) > asked.min_num_params
-        ]
-        blocks = {type(child) for module in large for child in module.children()} - set(CONTAINERS)
-        asked.transformer_cls_names_to_wrap = sorted(block.__name__ for block in blocks)
+        # It would take the containers themselves, which a network may never call.
+        asked.transformer_cls_names_to_wrap = block_kinds(model, asked.min_num_params)
         asked.auto_wrap_policy = transformer_auto_wrap_policy
     for whole_net in (model, average):
         if whole_net is not None:

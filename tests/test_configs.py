@@ -16,13 +16,15 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+import timm
+import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.dataclasses import DistributedType
 from conftest import ROOT, TINY_MODEL
 from test_scripts import metrics_of
 
-from hotdog_hf import checkpoint, hub
+from hotdog_hf import checkpoint, hub, sharding
 
 CONFIGS = ROOT / "configs"
 LAUNCH = ("accelerate", "launch", "--config_file")
@@ -168,6 +170,25 @@ def in_pieces(tmp_path_factory, photos_dir, tiny_weights):
 
 def test_a_network_in_pieces_computes_as_one_process(in_pieces, best_alone):
     assert_same_numbers(metrics_of(in_pieces / "runs/it")[:3], best_alone[:3])
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "kinds"),
+    [
+        ("resnet18", 5_000_000, ["BasicBlock"]),
+        ("resnet18", 50_000_000, []),
+        ("vit_tiny_patch16_224", 5_000_000, ["Block"]),  # in a Sequential
+        ("xcit_nano_12_p16_224", 500_000, ["XCABlock"]),  # in a ModuleList, which cannot be a piece
+        (
+            "densenet121",
+            2_000_000,
+            ["BatchNormAct2d", "Conv2d", "DenseLayer", "MaxPool2d"],
+        ),  # in a ModuleDict
+    ],
+)
+def test_pieces_are_a_networks_blocks(name, least, kinds):
+    with torch.device("meta"):
+        assert sharding.block_kinds(timm.create_model(name), least) == kinds
 
 
 def test_what_a_network_in_pieces_saves_is_whole(in_pieces):
