@@ -192,7 +192,7 @@ def test_a_failed_upload_keeps_the_model_and_says_how_to_push_later(train, photo
 
 def test_pushing_later_stays_private_and_on_its_branch(server, env, pushed):
     saved = pushed[1] / "model"
-    server.fail_next("POST", "tester/secret/commit", status=500)
+    server.fail_next("POST", "repos/create", status=500)
     flags = ("--private", "--revision", "try-2")
     done = run("python", ROOT / "scripts/push.py", saved, "tester/secret", *flags, **env)
     assert f"`python scripts/push.py {saved} tester/secret --private --revision try-2`" in done.stderr

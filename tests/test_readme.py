@@ -103,7 +103,8 @@ OTHER_COMMANDS = [
 
 
 def test_the_other_commands_work_one_after_the_other(photos_dir, tmp_path):
-    hub.save_model(target(), tmp_path / "runs/demo/model")
+    for name in ("demo", "mine"):
+        hub.save_model(target(), tmp_path / "runs" / name / "model")
     shutil.copytree(photos_dir / "train", tmp_path / "pictures")
     shutil.copy(photos_dir / "test/hotdog/000.png", tmp_path / "photo.jpg")
     with LoopbackHub({"hf_test_token": "user"}) as server:
