@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the field's usual name)
 from accelerate import Accelerator
 
-from hotdog_hf import data, engine, export, hub, inference, model, optim, photos
+from hotdog_hf import data, engine, export, hub, inference, model, optim, photos, pixels
 from hotdog_hf.config import RECIPES, DataConfig
 from hotdog_hf.errors import UserError, exit_on_user_error
 from hotdog_hf.images import IMAGE_SUFFIXES
@@ -89,7 +89,7 @@ def _build(
     source = model.load_source(name, weights, image_size)
     data_config = model.source_data_config(source, "chapter", image_size)
     net = model.replace_head(source, classes, data_config)
-    net = net.to(accelerator.device, memory_format=engine.MEMORY_FORMAT)
+    net = net.to(accelerator.device, memory_format=pixels.MEMORY_FORMAT)
     groups = optim.parameter_groups(
         net,
         learning_rate=knobs.learning_rate,
@@ -105,7 +105,7 @@ def limit(*, train: int, test: int, batch_size: int, epochs: int, **network: obj
     job = _build(**network)
     device, size = job.accelerator.device, job.data_config["input_size"]
     images = torch.randn(min(batch_size, max(train, test)), *size, device=device)
-    images = images.to(memory_format=engine.MEMORY_FORMAT)
+    images = images.to(memory_format=pixels.MEMORY_FORMAT)
     labels = torch.randint(len(network["classes"]), (len(images),), device=device)
 
     def step(count: int) -> None:
@@ -243,7 +243,8 @@ def profile(*, data_dir: str, batch_size: int, num_workers: int | None, **networ
     accelerator = job.accelerator
     workers = engine.default_workers(accelerator) if num_workers is None else num_workers
     watch = Stopwatch(lambda: _synchronize(accelerator.device))
-    train_set = data.PhotoDataset(rows["train"], data.train_transform(job.data_config))
+    transform = data.train_transform(job.data_config)
+    train_set = data.PhotoDataset(rows["train"], transform)
     test_set = data.PhotoDataset(rows["test"], data.eval_transform(job.data_config))
     loader = data.train_loader(train_set, batch_size, num_workers=workers)
     test_loader = accelerator.prepare(data.eval_loader(test_set, batch_size, num_workers=workers))
@@ -263,7 +264,7 @@ def profile(*, data_dir: str, batch_size: int, num_workers: int | None, **networ
     with (
         _replaced(accelerator, "backward", watch.timed("backward", accelerator.backward)),
         _replaced(data, "read_photo", watch.timed("decode", data.read_photo)),
-        _replaced(data, "transformed", watch.timed("augment", data.transformed)),
+        _replaced(transform, "pixels", watch.timed("augment", transform.pixels)),
     ):
         loader.batch_sampler.seek(2)
         watch.last = time.perf_counter()

@@ -27,6 +27,7 @@ from hotdog_hf.errors import UserError
 from hotdog_hf.folder import SPLIT_FOLDERS, find_photos
 from hotdog_hf.hub import hub_errors
 from hotdog_hf.images import decode_image
+from hotdog_hf.pixels import Normalize
 
 # The label of a padding photo; `torch.nn.functional.cross_entropy` leaves it out of the loss.
 IGNORED_LABEL = -100
@@ -247,16 +248,30 @@ def showcase(
     )
 
 
-def eval_transform(data_config: dict) -> Callable[[Image.Image], torch.Tensor]:
-    """Return timm's evaluation transform: PIL image -> normalised float tensor [3, H, W]."""
-    return create_transform(**data_config)
+class ResizeAndCrop:
+    """timm's evaluation transform in two halves: what is done to a photo, and to a batch on its device."""
+
+    def __init__(self, data_config: dict):
+        self.resize_and_crop = create_transform(**data_config, normalize=False)
+        self.normalize = Normalize(data_config["mean"], data_config["std"])
+
+    def pixels(self, photo: Image.Image, *_numbers: int) -> torch.Tensor:
+        """Return the photo's bytes, uint8 [3, H, W]."""
+        return self.resize_and_crop(photo)
+
+    def __call__(self, photo: Image.Image) -> torch.Tensor:
+        """Return what a network takes of one photo, float [3, H, W]."""
+        return self.normalize(self.pixels(photo)[None])[0]
 
 
 class CropAndFlip:
-    """The chapter's training transform: a random resized crop, a random flip, normalisation.
+    """The chapter's training transform: a random resized crop and a random flip of a photo, then as above.
 
     torchvision's, with what is drawn (from torch's generator alone) apart from the work, which threads share.
     """
+
+    # Torch's generator is one for all threads.
+    _drawing = threading.Lock()
 
     def __init__(self, size: int | Sequence[int], min_crop_area: float, data_config: dict):
         self.crop = v2.RandomResizedCrop(
@@ -264,26 +279,24 @@ class CropAndFlip:
             scale=(min_crop_area, 1.0),
             interpolation=v2.InterpolationMode(data_config["interpolation"]),
         )
-        self.to_tensor = v2.Compose(
-            [
-                v2.PILToTensor(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(data_config["mean"], data_config["std"]),
-            ]
-        )
+        self.normalize = Normalize(data_config["mean"], data_config["std"])
 
-    def draw(self, photo: Image.Image) -> tuple[dict, bool]:
-        """Draw where to crop, and whether to flip."""
-        return self.crop.make_params([photo]), bool(torch.rand(1) < 0.5)
-
-    def apply(self, photo: Image.Image, place: dict, flip: bool) -> torch.Tensor:
-        """Return the crop, float [3, H, W]."""
+    def pixels(self, photo: Image.Image, *numbers: int) -> torch.Tensor:
+        """Return the bytes of a crop, uint8 [3, H, W]; what is drawn follows from the numbers alone."""
+        with self._drawing, torch.random.fork_rng(devices=[]):
+            # The CPU generator only: torch.manual_seed would reset the GPU's as well, photo by photo.
+            torch.default_generator.manual_seed(mix(*numbers))
+            place, flip = self.crop.make_params([photo]), torch.rand(1) < 0.5
         cropped = self.crop.transform(photo, place)
-        return self.to_tensor(v2.functional.horizontal_flip(cropped) if flip else cropped)
+        return v2.functional.pil_to_tensor(v2.functional.horizontal_flip(cropped) if flip else cropped)
 
 
-# A photo -> float [3, H, W]; what `CropAndFlip` draws is seeded, others draw nothing.
-Transform = CropAndFlip | Callable[[Image.Image], torch.Tensor]
+Transform = ResizeAndCrop | CropAndFlip
+
+
+def eval_transform(data_config: dict) -> ResizeAndCrop:
+    """Return timm's evaluation transform: PIL image -> normalised float tensor [3, H, W]."""
+    return ResizeAndCrop(data_config)
 
 
 def train_transform(
@@ -295,21 +308,6 @@ def train_transform(
     of evaluation; smaller is faster, and things look larger in a random crop anyway: arXiv 1906.06423).
     """
     return CropAndFlip(image_size or data_config["input_size"][1:], min_crop_area, data_config)
-
-
-def transformed(transform: Transform, photo: Image.Image, *numbers: int) -> torch.Tensor:
-    """Return the transformed photo, float [3, H, W], where what is drawn follows from the numbers alone."""
-    if not isinstance(transform, CropAndFlip):
-        return transform(photo)
-    with _drawing, torch.random.fork_rng(devices=[]):
-        # The CPU generator only: torch.manual_seed would reset the GPU's as well, photo by photo.
-        torch.default_generator.manual_seed(mix(*numbers))
-        drawn = transform.draw(photo)
-    return transform.apply(photo, *drawn)
-
-
-# Torch's generator is one for all threads.
-_drawing = threading.Lock()
 
 
 def by_threads(work: Callable[[object], dict], keys: Sequence, threads: int | None = None) -> list[dict]:
@@ -325,7 +323,7 @@ def by_threads(work: Callable[[object], dict], keys: Sequence, threads: int | No
 
 
 class PhotoDataset(torch.utils.data.Dataset):
-    """Photos as `{"pixel_values": float [3, H, W], "labels": int}`.
+    """Photos as `{"pixel_values": uint8 [3, H, W], "labels": int}`; `network_input` is a batch's last step.
 
     Keys are indices for evaluation, `(epoch, index)` for training: the augmentation of a photo is drawn from
     (seed, epoch, index) alone, so it depends neither on the number of workers or processes nor on what was
@@ -357,8 +355,12 @@ class PhotoDataset(torch.utils.data.Dataset):
         return by_threads(self.__getitem__, keys, self.threads)
 
     def pixel_values(self, epoch: int, index: int) -> torch.Tensor:
-        """Return the transformed photo, float [3, H, W]."""
-        return transformed(self.transform, read_photo(self.rows[index]), self.seed, epoch, index)
+        """Return the bytes of the transformed photo, uint8 [3, H, W]."""
+        return self.transform.pixels(read_photo(self.rows[index]), self.seed, epoch, index)
+
+    def network_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return what the network takes of a batch, float [N, 3, H, W]; computed where the batch lies."""
+        return self.transform.normalize(pixel_values)
 
     def name_of(self, index: int) -> str:
         """Return the file of a photo, for messages."""
@@ -377,6 +379,10 @@ class FeatureDataset(PhotoDataset):
     def pixel_values(self, epoch: int, index: int) -> torch.Tensor:
         """Return the features; they are the same in every epoch."""
         return self.features[index]
+
+    def network_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the features, float [N, D], as they are."""
+        return pixel_values
 
 
 def mix(*numbers: int) -> int:

@@ -26,10 +26,9 @@ from hotdog_hf import sharding
 from hotdog_hf.data import IGNORED_LABEL, FeatureDataset
 from hotdog_hf.errors import UserError
 from hotdog_hf.machine import allowed_cores, keep_freed_memory
+from hotdog_hf.pixels import MEMORY_FORMAT
 
 BAR_REFRESH_SECONDS = 0.5
-# Convolutions run faster on it, on CPUs and on GPUs with tensor cores; the numbers are the same.
-MEMORY_FORMAT = torch.channels_last
 MAX_WORKERS = 8
 # On a CPU, one core in so many decodes; with fewer cores the loop decodes between the steps.
 CORES_A_WORKER = 16
@@ -60,9 +59,9 @@ def build_accelerator(
             and torch.cuda.is_bf16_supported(including_emulation=False)
         ):
             precision = "bf16"
-    if precision == "fp16" and on_cpu:
+    if precision in ("fp16", "tf32") and on_cpu:
         raise UserError(
-            "--precision fp16 does nothing on a CPU; use --precision no, or bf16 where the CPU has it"
+            f"--precision {precision} does nothing on a CPU; use --precision no, or bf16 where the CPU has it"
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UserError("leave out the launcher's --dynamo_backend and give --compile to scripts/train.py")
@@ -76,12 +75,14 @@ def build_accelerator(
         raise UserError("only scripts/train.py cuts a network into pieces (FSDP); launch this without it")
     if pieces and precision == "fp16":
         raise UserError("--precision fp16 does not go with FSDP here; use bf16 or no")
+    # Torch's own default is TF32 in convolutions and float32 in all else.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         # accelerate itself would go on without it
         raise UserError(f'--tracker {tracker} is not installed: pip install -e ".[{tracker}]"')
     accelerator = Accelerator(
         cpu=on_cpu,  # without it, processes launched for a machine that has no GPU would not find each other
-        mixed_precision=precision,
+        mixed_precision="no" if precision == "tf32" else precision,
         fsdp_plugin=pieces,
         log_with=None if tracker == "none" else tracker,
         project_dir=".",  # until the run's folder is known
@@ -137,13 +138,18 @@ def _launched_processes() -> int:
     return 1
 
 
+def precision_of(accelerator: Accelerator) -> str:
+    """Return the arithmetic of this run: "no" (float32), "tf32", "bf16" or "fp16"."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else accelerator.mixed_precision
+
+
 def describe_hardware(accelerator: Accelerator) -> str:
     """Return what the run computes on: device, processes, precision."""
     device = accelerator.device
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     )
-    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    precision = {"no": "float32"}.get(precision_of(accelerator), precision_of(accelerator))
     pieces = ", sharded (FSDP)" if accelerator.is_fsdp2 else ""
     return f"{accelerator.num_processes} x {device.type} ({name}), {precision}{pieces}"
 
@@ -196,7 +202,7 @@ def measure_speed(
     if not sharding.is_sharded(net):
         net = copy.deepcopy(net).to(accelerator.device, memory_format=MEMORY_FORMAT)
     images = torch.zeros(batch_size, 3, image_size, image_size, device=accelerator.device)
-    images, seconds = _laid_out(images), []
+    images, seconds = images.to(memory_format=MEMORY_FORMAT), []
     for learn in (True, True, False):  # the first only warms up
         started = time.perf_counter()
         net.train(learn)
@@ -238,7 +244,8 @@ def train_steps(
     bar.update(loader.batch_sampler.photos_skipped())
     batches, sharded = _timed(loader), sharding.is_sharded(model)
     for (batch, waited), step_size in zip(batches, loader.batch_sampler.step_sizes(), strict=True):
-        images = _laid_out(batch["pixel_values"].to(accelerator.device, non_blocking=True))
+        pixel_values = batch["pixel_values"].to(accelerator.device, non_blocking=True)
+        images = loader.dataset.network_input(pixel_values)
         labels = batch["labels"].to(accelerator.device, non_blocking=True)
         # DDP averages the gradients of the processes: times their number they are the sum over the whole
         # batch, exact for a short last batch too; divided by its size they are the mean.
@@ -470,7 +477,7 @@ def _gather(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     answers, labels = [], []
     for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=_no_bar(accelerator)):
-        answered = answer(_laid_out(batch["pixel_values"]))
+        answered = answer(loader.dataset.network_input(batch["pixel_values"]))
         gathered = accelerator.gather_for_metrics((answered, batch["labels"]))
         answers.append(gathered[0].cpu())
         labels.append(gathered[1].cpu())
@@ -478,8 +485,3 @@ def _gather(
     expected = len(loader.dataset)
     assert len(labels) == expected, f"{len(labels)} answers for {expected} photos"
     return answers, labels
-
-
-def _laid_out(images: torch.Tensor) -> torch.Tensor:
-    """Bring images into the network's memory format; features have none."""
-    return images.to(memory_format=MEMORY_FORMAT) if images.ndim == 4 else images

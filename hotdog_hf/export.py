@@ -13,7 +13,7 @@ from PIL import Image
 
 from hotdog_hf import hub, model
 from hotdog_hf.errors import UserError
-from hotdog_hf.images import preprocess
+from hotdog_hf.images import normalize, resize_and_crop
 from hotdog_hf.inference import NEEDS_ONNX, load_predictor
 
 # How far an exported model's probabilities may be from PyTorch's.
@@ -38,9 +38,10 @@ def export_onnx(name: str | os.PathLike, out: str | os.PathLike, opset: int = 17
     pictures = [
         draw(0, 256, (height, width, 3), np.uint8) for height, width in ((60, 40), (40, 60), (300, 200))
     ]
-    samples = np.stack([preprocess(Image.fromarray(picture), data_config) for picture in pictures])
+    images = np.stack([resize_and_crop(Image.fromarray(picture), data_config) for picture in pictures])
+    samples = torch.from_numpy(normalize(images, data_config))
     with torch.inference_mode():
-        expected = net(torch.from_numpy(samples)).numpy()
+        expected = net(samples).numpy()
     buffer, batch = io.BytesIO(), {0: "batch"}
     try:
         with warnings.catch_warnings():
@@ -48,7 +49,7 @@ def export_onnx(name: str | os.PathLike, out: str | os.PathLike, opset: int = 17
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 net,
-                (torch.from_numpy(samples[:2]),),
+                (samples[:2],),
                 buffer,
                 dynamo=False,
                 opset_version=opset,
@@ -70,7 +71,7 @@ def export_onnx(name: str | os.PathLike, out: str | os.PathLike, opset: int = 17
             onnx.save(exported, part)
             again = load_predictor(part).probabilities
             # At two batch sizes that the exporter has not seen.
-            rows = np.concatenate([again(samples[:1]), again(samples)])
+            rows = np.concatenate([again(images[:1]), again(images)])
             difference = float(np.abs(rows - expected[[0, 0, 1, 2]]).max())
             if not difference < EXPORT_TOLERANCE:
                 raise UserError(f"{name} as ONNX is {difference:.0e} away from PyTorch; nothing was written")

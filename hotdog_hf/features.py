@@ -95,7 +95,8 @@ def pooled_features(
     They are taken from the cache where body, photos and preprocessing are the very same: `facts` (JSON) says
     what the photos and the preprocessing are. `net` is not prepared by the accelerator.
     """
-    machine = [accelerator.device.type, accelerator.mixed_precision, torch.get_num_threads(), batch_size]
+    precision = engine.precision_of(accelerator)
+    machine = [accelerator.device.type, precision, torch.get_num_threads(), batch_size]
     file = cache_dir() / "features" / f"{_key(net, [facts, len(photo_set), machine])}.safetensors"
     features = _read(file)
     if engine.agree(accelerator, features is None):

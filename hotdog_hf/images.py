@@ -85,6 +85,21 @@ def preprocess(image: Image.Image, data_config: dict) -> np.ndarray:
 
     Raises `UserError` for a `crop_mode` or an `interpolation` of `data_config` that cannot be done so.
     """
+    return normalize(resize_and_crop(image, data_config)[None], data_config)[0]
+
+
+def normalize(images: np.ndarray, data_config: dict) -> np.ndarray:
+    """Return images, uint8 [N, H, W, 3], as normalised float32 [N, 3, H, W]."""
+    mean, std = (np.array(data_config[name], np.float32)[:, None, None] for name in ("mean", "std"))
+    floats = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32)
+    floats /= np.float32(255)
+    floats -= mean
+    floats /= std
+    return floats
+
+
+def resize_and_crop(image: Image.Image, data_config: dict) -> np.ndarray:
+    """Return the first half of `preprocess`: bytes, uint8 [H, W, 3]."""
     height, width = data_config["input_size"][-2:]
     mode = data_config.get("crop_mode") or "center"
     interpolation = str(data_config["interpolation"]).upper()
@@ -92,15 +107,13 @@ def preprocess(image: Image.Image, data_config: dict) -> np.ndarray:
         raise UserError(f"preprocessing: crop_mode {mode!r} is none of squash, center, border")
     if interpolation not in Image.Resampling.__members__:
         raise UserError(f"preprocessing: interpolation {data_config['interpolation']!r} is none of Pillow's")
-    mean, std = (np.array(data_config[name], np.float32)[:, None, None] for name in ("mean", "std"))
     size = _resized(image.size, (width, height), data_config.get("crop_pct") or 0.875, mode)
     image = image.resize(size, Image.Resampling[interpolation])
     # The centre of the image, on the mean colour or on black where it is the smaller one.
     fill = tuple(round(255 * value) for value in data_config["mean"]) if mode == "border" else 0
     canvas = Image.new("RGB", (width, height), fill)
     canvas.paste(image, (_start(width, image.width), _start(height, image.height)))
-    pixels = np.asarray(canvas, np.float32).transpose(2, 0, 1) / np.float32(255)
-    return np.ascontiguousarray((pixels - mean) / std)
+    return np.asarray(canvas)
 
 
 def _resized(size: tuple[int, int], target: tuple[int, int], crop_pct: float, mode: str) -> tuple[int, int]:

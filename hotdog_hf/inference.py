@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hotdog_hf.errors import UserError, printable
-from hotdog_hf.images import IMAGE_SUFFIXES, decode_image, preprocess
+from hotdog_hf.images import IMAGE_SUFFIXES, decode_image, normalize, resize_and_crop
 from hotdog_hf.machine import allowed_cores, keep_freed_memory
 
 MAX_DECODERS = 8
@@ -27,7 +27,7 @@ NEEDS_ONNX = 'this needs onnx and onnxruntime: pip install -e ".[onnx]"'
 
 
 class Predictor(NamedTuple):
-    """A model ready to predict: `probabilities` maps float32 [N, 3, H, W] to [N, classes]."""
+    """A model ready to predict: `probabilities` maps RGB bytes, uint8 [N, H, W, 3], to [N, classes]."""
 
     label_names: list[str]
     data_config: dict
@@ -52,19 +52,21 @@ def load_predictor(name: str | os.PathLike) -> Predictor:
 def _load_saved(name: str | os.PathLike) -> Predictor:
     import torch
 
-    from hotdog_hf import hub, model
+    from hotdog_hf import hub, model, pixels
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     if device == "cpu":
         keep_freed_memory()
-    net = hub.load_model(name).to(device, memory_format=torch.channels_last)
+    net = hub.load_model(name).to(device, memory_format=pixels.MEMORY_FORMAT)
+    data_config = model.data_config_of(net)
+    to_input = pixels.Normalize(data_config["mean"], data_config["std"])
 
     @torch.inference_mode()
     def probabilities(images: np.ndarray) -> np.ndarray:
-        batch = torch.from_numpy(images).to(device, memory_format=torch.channels_last)
-        return net(batch).softmax(dim=1).cpu().numpy()
+        batch = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+        return net(to_input(batch)).softmax(dim=1).cpu().numpy()
 
-    return Predictor(model.label_names_of(net), model.data_config_of(net), probabilities, device != "cpu")
+    return Predictor(model.label_names_of(net), data_config, probabilities, device != "cpu")
 
 
 def _load_exported(path: Path) -> Predictor:
@@ -82,10 +84,12 @@ def _load_exported(path: Path) -> Predictor:
     if not {"label_names", "data_config"} <= set(about):
         raise UserError(f"{path} was not made by scripts/export.py: it names no classes or no preprocessing")
 
-    def probabilities(images: np.ndarray) -> np.ndarray:
-        return session.run(["probabilities"], {"pixel_values": images})[0]
+    data_config = json.loads(about["data_config"])
 
-    return Predictor(json.loads(about["label_names"]), json.loads(about["data_config"]), probabilities)
+    def probabilities(images: np.ndarray) -> np.ndarray:
+        return session.run(["probabilities"], {"pixel_values": normalize(images, data_config)})[0]
+
+    return Predictor(json.loads(about["label_names"]), data_config, probabilities)
 
 
 def decision_rule(
@@ -195,7 +199,7 @@ def _read(found: str | UserError, data_config: dict) -> tuple[str, np.ndarray] |
         image = decode_image(found)
     except UserError as error:
         return error
-    return found, preprocess(image, data_config)
+    return found, resize_and_crop(image, data_config)
 
 
 def format_header(style: str, label_names: list[str]) -> str | None:

@@ -31,7 +31,6 @@ from hotdog_hf.data import (
     read_photo,
     require_every_class,
     step_loader,
-    transformed,
     two_columns,
 )
 from hotdog_hf.errors import UserError
@@ -134,7 +133,7 @@ class StreamDataset(torch.utils.data.Dataset):
         epoch, index, row = key
         photo = Image.new("RGB", (64, 64)) if row is None else read_photo(row)
         return {
-            "pixel_values": transformed(self.transform, photo, self.seed, epoch, index),
+            "pixel_values": self.transform.pixels(photo, self.seed, epoch, index),
             "labels": IGNORED_LABEL if row is None else row["label"],
             "index": index,
         }
@@ -142,6 +141,10 @@ class StreamDataset(torch.utils.data.Dataset):
     def __getitems__(self, keys: Sequence) -> list[dict]:
         """Return the items of a batch, as torch's loader asks for them."""
         return by_threads(self.__getitem__, keys)
+
+    def network_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return what the network takes of a batch, as `PhotoDataset` does."""
+        return self.transform.normalize(pixel_values)
 
     def name_of(self, index: int) -> str:
         """Say which photo, for messages: its place in the epoch's stream."""

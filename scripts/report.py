@@ -59,6 +59,7 @@ def main(config: ReportConfig) -> None:
     from tqdm import tqdm
 
     from hotdog_hf import data, engine, hub, model, photos, report
+    from hotdog_hf.pixels import MEMORY_FORMAT
 
     folder = report.check_output_dir(config.output_dir)
     # In float32, as scripts/predict.py and every other loader of the folder compute.
@@ -83,7 +84,7 @@ def main(config: ReportConfig) -> None:
     if positive_label and "validation" in splits and config.split != "validation":
         judged.append("validation")
     sets = {split: data.PhotoDataset(splits[split], data.eval_transform(data_config)) for split in judged}
-    net, predicted = accelerator.prepare(net.to(memory_format=engine.MEMORY_FORMAT)), {}
+    net, predicted = accelerator.prepare(net.to(memory_format=MEMORY_FORMAT)), {}
     for split, photo_set in sets.items():
         loader = data.eval_loader(
             photo_set, config.batch_size, num_workers=engine.default_workers(accelerator)
@@ -98,7 +99,8 @@ def main(config: ReportConfig) -> None:
         for name, indices in report.galleries(probabilities, labels).items():
             pictures[name] = []
             for index in tqdm(indices, desc=name, unit="img", leave=False, disable=None):
-                pixels = photo_set[index]["pixel_values"].to(accelerator.device)
+                bytes_of_one = photo_set[index]["pixel_values"][None].to(accelerator.device)
+                pixels = photo_set.network_input(bytes_of_one)[0]
                 heat = report.grad_cam(bare, pixels, int(probabilities[index].argmax()))
                 seen = None if heat is None else report.image_uri(report.overlay(pixels, heat, data_config))
                 photo = report.image_uri(data.read_photo(photo_set.rows[index]))

@@ -170,11 +170,11 @@ def load_source(config: ReproduceConfig, splits: DatasetDict) -> tuple[torch.nn.
 
 def ask_source(config: ReproduceConfig, accelerator: Accelerator, splits: DatasetDict) -> dict | None:
     """Judge the source's own class before any training, or None where the positive class has none."""
-    from hotdog_hf import data, engine, features, model, study
+    from hotdog_hf import data, features, model, pixels, study
 
     label_names = splits["train"].features["label"].names
     source, classes = load_source(config, splits)
-    source = source.to(accelerator.device, memory_format=engine.MEMORY_FORMAT)
+    source = source.to(accelerator.device, memory_format=pixels.MEMORY_FORMAT)
     data_config = model.source_data_config(source, "chapter", config.image_size)
     positive = label_names.index(data.resolve_positive(label_names, config.positive_label) or label_names[0])
     if classes[positive] is None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hotdog_hf import data, engine, optim
+from hotdog_hf.pixels import MEMORY_FORMAT
 
 COUNT, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, EPOCHS = 21, 8, 1e-3, 0.001, 2
 
@@ -35,6 +36,9 @@ class FixedImages(torch.utils.data.Dataset):
         padding = index == data.PhotoDataset.PADDING
         label = data.IGNORED_LABEL if padding else self.labels[index]
         return {"pixel_values": self.images[max(index, 0)], "labels": label, "index": max(index, 0)}
+
+    def network_input(self, pixel_values):
+        return pixel_values.to(memory_format=MEMORY_FORMAT)
 
 
 def network(batch_norm: str) -> nn.Module:

@@ -40,6 +40,11 @@ def draw_photos(folder: Path, counts: dict[str, int], size: tuple[int, int] = (7
             Image.fromarray(pixels).save(folder / name / f"{index:03}.png")
 
 
+def network_inputs(photo_set: torch.utils.data.Dataset) -> torch.Tensor:
+    """All photos of a data set as a network takes them, one batch [N, 3, H, W]."""
+    return photo_set.network_input(torch.stack([row["pixel_values"] for row in photo_set]))
+
+
 @pytest.fixture(scope="session")
 def photos_dir(tmp_path_factory) -> Path:
     """A data folder of 2 classes: 13 + 12 photos to train, 6 + 5 to test."""

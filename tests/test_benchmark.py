@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, TINY_MODEL, run
+from conftest import ROOT, TINY_MODEL, network_inputs, run
 from PIL import Image
 
 from hotdog_hf import bench, bench_report, bench_tasks, data, hub, model
@@ -30,7 +30,7 @@ def saved_model(tmp_path_factory, tiny_weights, photos_dir):
         data.load_photos(photos_dir)["test"], data.eval_transform(model.data_config_of(net))
     )
     with torch.no_grad():
-        logits = net(torch.stack([photo["pixel_values"] for photo in test_set]))
+        logits = net(network_inputs(test_set))
         lower, upper = (logits[:, 0] - logits[:, 1]).sort().values[5:7]
         net.get_classifier().bias[0] -= (lower + upper) / 2
     return hub.save_model(net, tmp_path_factory.mktemp("bench") / "model")

@@ -67,6 +67,9 @@ class Numbered(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return {"pixel_values": torch.full((1, 1, 1), float(index)), "labels": index % 2}
 
+    def network_input(self, pixel_values):
+        return pixel_values
+
 
 def test_predictions_come_in_order_one_a_photo():
     accelerator = engine.build_accelerator("no", num_threads=1)
@@ -96,10 +99,18 @@ def test_a_launcher_that_starts_one_process_of_two_is_an_error(photos_dir, tmp_p
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="says something of CPUs")
 def test_on_a_cpu_precision_is_float32_unless_asked_and_never_fp16(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert engine.build_accelerator("auto", num_threads=1).mixed_precision == "no"
-    with pytest.raises(UserError, match="fp16 does nothing on a CPU"):
-        engine.build_accelerator("fp16")
+    assert engine.precision_of(engine.build_accelerator("auto", num_threads=1)) == "no"
+    for precision in ("fp16", "tf32"):
+        with pytest.raises(UserError, match=f"{precision} does nothing on a CPU"):
+            engine.build_accelerator(precision)
     assert os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
+
+
+def test_float32_is_float32_in_convolutions_too(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's own default
+    accelerator = engine.build_accelerator("no", num_threads=1)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert "float32" in engine.describe_hardware(accelerator)
 
 
 def test_a_missing_tracker_says_how_to_install_it(monkeypatch):

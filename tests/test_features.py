@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_MODEL
+from conftest import TINY_MODEL, network_inputs
 from test_engine import TWO_PROCESSES
 from test_resume import assert_same_run, numbers_of, train_here
 from test_scripts import metrics_of
@@ -61,7 +61,7 @@ def features_of(net, photo_set, facts="these photos", batch_size=8):
 def test_features_are_what_the_output_layer_gets_photo_by_photo(net, photo_set):
     seen, got = features_of(net, photo_set), []
     net.get_classifier().register_forward_pre_hook(lambda _, inputs: got.append(inputs[0]))
-    logits = torch.cat([net.eval()(photo_set[index]["pixel_values"][None]) for index in range(25)])
+    logits = torch.cat([net.eval()(images[None]) for images in network_inputs(photo_set)])
     assert seen.features.shape == (25, 96) and seen.features.dtype == torch.float32
     torch.testing.assert_close(seen.features, torch.cat(got), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(net.get_classifier()(seen.features), logits, rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL
+from conftest import TINY_MODEL, network_inputs
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -32,7 +32,7 @@ def source(tiny_weights):
 def photos_as(net, rows):
     """All photos of a split as one batch [N, 3, 64, 64], and their labels [N]."""
     photo_set = data.PhotoDataset(rows, data.eval_transform(model.data_config_of(net)))
-    return torch.stack([row["pixel_values"] for row in photo_set]), torch.as_tensor(photo_set.labels)
+    return network_inputs(photo_set), torch.as_tensor(photo_set.labels)
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from conftest import ROOT, run
 from PIL import Image
 from test_hub import target
 
-from hotdog_hf import hub, model
+from hotdog_hf import hub, model, pixels
 from hotdog_hf.errors import UserError
 from hotdog_hf.export import export_onnx
-from hotdog_hf.images import decode_image, preprocess
+from hotdog_hf.images import decode_image, normalize, preprocess, resize_and_crop
 from hotdog_hf.inference import (
     Prediction,
     decision_rule,
@@ -46,10 +46,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def net():
     torch.manual_seed(0)
     net = target()
-    pixels = np.stack([preprocess(picture(seed), model.data_config_of(net)) for seed in range(8)])
+    photos = np.stack([preprocess(picture(seed), model.data_config_of(net)) for seed in range(8)])
     with torch.no_grad():  # so that its answers differ from picture to picture
         net.get_classifier().weight.mul_(20)
-        net.get_classifier().bias.sub_(net(torch.from_numpy(pixels)).mean(dim=0))
+        net.get_classifier().bias.sub_(net(torch.from_numpy(photos)).mean(dim=0))
     return net
 
 
@@ -81,8 +81,8 @@ ALBUM_ORDER = ["a.JPG", "b.png", "d/broken.png", "d/g.png", "d/e/f.png", "z/c.pn
 
 
 def picture(seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((50, 70))
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((50, 70))
 
 
 def draw(path, seed):
@@ -111,6 +111,19 @@ def test_preprocessing_without_torch_is_timms(crop_mode, interpolation):
         ours = preprocess(image, json.loads(json.dumps(data_config)))  # as it comes out of a file: with lists
         assert ours.dtype == np.float32 and ours.shape == (3, *input_size) and ours.flags["C_CONTIGUOUS"]
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6, err_msg=f"{image.size} {data_config}")
+
+
+def test_a_batch_is_preprocessed_to_the_bits_of_its_pictures(net):
+    data_config = model.data_config_of(net)
+    pictures = [picture(seed) for seed in range(3)]
+    one_by_one = np.stack([preprocess(image, data_config) for image in pictures])
+    batch = np.stack([resize_and_crop(image, data_config) for image in pictures])
+    assert batch.dtype == np.uint8 and batch.shape == (3, *one_by_one.shape[2:], 3)
+    assert np.array_equal(normalize(batch, data_config), one_by_one)
+    to_input = pixels.Normalize(data_config["mean"], data_config["std"])
+    on_device = to_input(torch.from_numpy(batch).permute(0, 3, 1, 2))
+    assert on_device.is_contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(on_device.numpy(), one_by_one)
 
 
 @pytest.mark.parametrize(("name", "value"), [("crop_mode", "random"), ("interpolation", "random")])
