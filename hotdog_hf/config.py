@@ -228,8 +228,9 @@ class RunConfig:
     # Take only algorithms that give the same bits every time: slower on a GPU; a CPU does it anyway.
     deterministic: bool = False
     # Arithmetic. "auto": bf16 or fp16 if accelerate was launched with it, else bf16 on GPUs that have it.
-    # "no" is float32 everywhere.
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    # "no" is float32 everywhere; "tf32" lets a GPU round what it multiplies to 10 bits. Recent server CPUs
+    # have bf16 as well, which is never their default.
+    precision: Literal["auto", "no", "tf32", "bf16", "fp16"] = "auto"
     # Compile the network first (torch.compile): a minute or more of waiting, which long trainings on a GPU
     # pay back. The numbers may differ in their last digits.
     compile: bool = False

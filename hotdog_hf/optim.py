@@ -82,11 +82,16 @@ def describe_groups(groups: list[dict], net: torch.nn.Module) -> str:
     return "\n".join([*lines, *([f"{'frozen':<24} {frozen:>12,}"] if frozen else [])])
 
 
-def build_optimizer(groups: list[dict], optimizer: str, momentum: float = 0.0) -> torch.optim.Optimizer:
-    """Return SGD (plain; Nesterov where `momentum` is not 0) or AdamW over named groups."""
+def build_optimizer(
+    groups: list[dict], optimizer: str, momentum: float = 0.0, *, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Return SGD (plain; Nesterov where `momentum` is not 0) or AdamW over named groups.
+
+    `fused` takes a step in one kernel, which is faster on a GPU; the numbers may differ in their last digit.
+    """
     if optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0)
-    return torch.optim.AdamW(groups, lr=0.0)
+        return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, fused=fused)
 
 
 def build_average(net: torch.nn.Module, decay: float) -> AveragedModel | None:

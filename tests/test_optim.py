@@ -104,3 +104,21 @@ def test_the_optimizer_is_the_one_asked_for():
     assert (plain.defaults["momentum"], plain.defaults["nesterov"]) == (0, False)
     assert (nesterov.defaults["momentum"], nesterov.defaults["nesterov"]) == (0.9, True)
     assert isinstance(optim.build_optimizer(groups, "adamw"), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize(("kind", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0)])
+def test_a_fused_step_is_the_same_step(kind, momentum):
+    nets = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        net = timm.create_model("test_resnet", num_classes=2)
+        groups = optim.parameter_groups(net, learning_rate=0.1, head_lr_mult=10, weight_decay=0.01)
+        optimizer = optim.build_optimizer(groups, kind, momentum, fused=fused)
+        assert [group["fused"] for group in optimizer.param_groups] == [fused] * len(groups)
+        for _ in range(3):
+            net(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        nets.append(net)
+    for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other)
