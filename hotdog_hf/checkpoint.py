@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.optim.swa_utils import AveragedModel
 
 from hotdog_hf import sharding
 from hotdog_hf.config import flatten
@@ -54,42 +55,47 @@ class Progress:
     best: list[float] = field(default_factory=lambda: [-1.0, 0.0])
 
 
-def save(
-    run_dir: Path,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    average: torch.nn.Module | None,
-    progress: Progress,
-    totals: torch.Tensor,
-    keep: int,
-) -> Path:
+@dataclass
+class State:
+    """All that training changes, on one process."""
+
+    # What is trained, as the accelerator prepared it.
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    # The running average of the weights, where there is one.
+    average: AveragedModel | None
+    progress: Progress
+    # Sums over the photos that this process has seen in the epoch [3]: loss, correct, photos.
+    totals: torch.Tensor
+
+
+def save(run_dir: Path, accelerator: Accelerator, state: State, keep: int) -> Path:
     """Write `run_dir/checkpoints/step-NNNNNNNN`, whole or not at all, and drop all but the newest `keep`.
 
-    To be called by every process, each with its own `totals` [3]. Raises `UserError` where the loss or the
-    disk does not allow it; the earlier checkpoints stay.
+    To be called by every process. Raises `UserError` where the loss or the disk does not allow it; the
+    earlier checkpoints stay.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     own = {
-        "totals": totals.tolist(),
+        "totals": state.totals.tolist(),
         "python": [python_state[0], list(python_state[1]), python_state[2]],
         "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(accelerator.device) if accelerator.device.type == "cuda" else None,
     }
     processes = gather_object([own])
-    progress = dataclasses.replace(progress, totals=[process.pop("totals") for process in processes])
+    progress = dataclasses.replace(state.progress, totals=[process.pop("totals") for process in processes])
     folder = run_dir / "checkpoints" / f"step-{progress.total_steps:08}"
     if not all(math.isfinite(value) for row in progress.totals for value in row):
         raise UserError("the loss is not finite, so no checkpoint is written")
-    optimizer_state = optimizer.state_dict()
-    tensors = {f"model.{name}": value for name, value in accelerator.unwrap_model(model).state_dict().items()}
-    if average is not None:
-        tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
+    optimizer_state, model = state.optimizer.state_dict(), accelerator.unwrap_model(state.model)
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    if state.average is not None:
+        tensors |= {f"average.{name}": value for name, value in state.average.state_dict().items()}
     plain: dict[str, dict] = {}
-    for index, state in optimizer_state["state"].items():
-        for name, value in state.items():
+    for index, values in optimizer_state["state"].items():
+        for name, value in values.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
@@ -98,16 +104,16 @@ def save(
     if accelerator.is_main_process:
         for rank, process in enumerate(processes):
             tensors |= {f"random.{rank}.{name}": process.pop(name) for name in ("torch", "cuda")}
-        state = {
+        content = {
             "progress": dataclasses.asdict(progress),
             "optimizer": {"param_groups": optimizer_state["param_groups"], "state": plain},
-            "schedule": schedule.state_dict(),
+            "schedule": state.schedule.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "random": processes,
         }
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items() if value is not None}
         try:
-            _write(folder, tensors, state)
+            _write(folder, tensors, content)
             _prune(folder.parent, keep)
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"cannot write the checkpoint {folder}: {error}") from error
@@ -115,13 +121,13 @@ def save(
     return folder
 
 
-def _write(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
+def _write(folder: Path, tensors: dict[str, torch.Tensor], content: dict) -> None:
     """Write beside the place, flush to the disk, and move there."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     safetensors.torch.save_file(tensors, part / "state.safetensors")
-    (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (part / "state.json").write_text(json.dumps(content), encoding="utf-8")
     for path in (*part.iterdir(), part):
         _flush(path)
     if folder.exists():  # the same step again, after a resume from an earlier checkpoint
@@ -222,40 +228,34 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise UserError(f"the checkpoint {folder} cannot be read: {error}") from error
 
 
-def load(
-    content: tuple[dict[str, torch.Tensor], dict],
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    average: torch.nn.Module | None = None,
-) -> tuple[Progress, torch.Tensor]:
-    """Put everything back as `read` found it; return the progress and this process's totals [3]."""
-    tensors, state = content
+def load(content: tuple[dict[str, torch.Tensor], dict], accelerator: Accelerator, state: State) -> None:
+    """Put everything back into `state` as `read` found it."""
+    tensors, plain = content
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "random": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = value
-    sharding.load_state(accelerator.unwrap_model(model), parts["model"])
-    if average is not None:
-        sharding.load_state(average, parts["average"])
+    sharding.load_state(accelerator.unwrap_model(state.model), parts["model"])
+    if state.average is not None:
+        sharding.load_state(state.average, parts["average"])
 
-    optimizer_state = {int(index): values for index, values in state["optimizer"]["state"].items()}
+    optimizer, saved = state.optimizer, plain["optimizer"]
+    optimizer_state = {int(index): values for index, values in saved["state"].items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in parts["optimizer"].items():
         index, _, key = name.partition(".")
         optimizer_state.setdefault(int(index), {})[key] = sharding.cut_like(value, parameters[int(index)])
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["optimizer"]["param_groups"]})
-    schedule.load_state_dict(state["schedule"])
+    optimizer.load_state_dict({"state": optimizer_state, "param_groups": saved["param_groups"]})
+    state.schedule.load_state_dict(plain["schedule"])
     if accelerator.scaler:
-        accelerator.scaler.load_state_dict(state["scaler"])
+        accelerator.scaler.load_state_dict(plain["scaler"])
 
     rank = accelerator.process_index
-    own = state["random"][rank]
+    own = plain["random"][rank]
     random.setstate((own["python"][0], tuple(own["python"][1]), own["python"][2]))
     np.random.set_state((own["numpy"][0], np.array(own["numpy"][1], np.uint32), *own["numpy"][2:]))
     torch.set_rng_state(parts["random"][f"{rank}.torch"])
     if f"{rank}.cuda" in parts["random"]:
         torch.cuda.set_rng_state(parts["random"][f"{rank}.cuda"], accelerator.device)
-    progress = Progress(**state["progress"])
-    return progress, torch.tensor(progress.totals[rank], device=accelerator.device)
+    state.progress = Progress(**plain["progress"])
+    state.totals = torch.tensor(state.progress.totals[rank], device=accelerator.device)

@@ -34,7 +34,7 @@ def test_an_exported_model_says_what_the_saved_one_says(tmp_path, name, opset):
     assert ours.label_names == theirs.label_names == ["a b", "ü", "<img>"]
     assert ours.data_config == json.loads(json.dumps(model.data_config_of(net)))
     for batch_size in (1, 2, 7):
-        images = np.random.default_rng(batch_size).normal(size=(batch_size, 3, 64, 64)).astype(np.float32)
+        images = np.random.default_rng(batch_size).integers(0, 256, (batch_size, 64, 64, 3), np.uint8)
         actual = ours.probabilities(images)
         assert actual.shape == (batch_size, 3)
         np.testing.assert_allclose(actual, theirs.probabilities(images), rtol=0, atol=1e-5)

@@ -469,16 +469,18 @@ def test_the_random_state_comes_back(tmp_path):
     net(torch.randn(2, 3, 32, 32)).sum().backward()
     optimizer.step()
     schedule.step()
-    parts = (accelerator, net, optimizer, schedule, None)
-    folder = checkpoint.save(tmp_path, *parts, checkpoint.Progress(total_steps=1), torch.ones(3), keep=1)
+    progress = checkpoint.Progress(total_steps=1)
+    state = checkpoint.State(net, optimizer, schedule, None, progress, torch.ones(3))
+    folder = checkpoint.save(tmp_path, accelerator, state, keep=1)
+    state.progress, state.totals = checkpoint.Progress(), torch.zeros(3)
     expected = random.random(), np.random.rand(), torch.rand(1), optimizer.param_groups[0]["lr"]
     moments = {key: value.clone() for key, value in optimizer.state_dict()["state"][0].items()}
     net(torch.randn(2, 3, 32, 32)).sum().backward()
     optimizer.step()
     schedule.step()
-    progress, totals = checkpoint.load(checkpoint.read(folder), *parts)
+    checkpoint.load(checkpoint.read(folder), accelerator, state)
     assert (random.random(), np.random.rand(), torch.rand(1), optimizer.param_groups[0]["lr"]) == expected
-    assert progress.total_steps == 1 and totals.tolist() == [1, 1, 1]
+    assert state.progress.total_steps == 1 and state.totals.tolist() == [1, 1, 1]
     restored = optimizer.state_dict()["state"][0]
     assert all(torch.equal(restored[key], value) for key, value in moments.items())
     assert isinstance(folder, Path)
