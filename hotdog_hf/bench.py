@@ -63,6 +63,8 @@ class Setup:
     threads: int
     workers: int
     gpus: int
+    # Whether the GPUs, or else the CPU, multiply in bf16.
+    bf16: bool
 
     @property
     def step_size(self) -> int:
@@ -293,6 +295,7 @@ def prepare(
         threads=num_threads or found["threads"],
         workers=min(cores, 8),
         gpus=gpus,
+        bf16=found["bf16"],
     )
     machine = {
         "cpu": _cpu_name(),
@@ -300,6 +303,7 @@ def prepare(
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "gpus": found["gpus"],
         "threads": setup.threads,
+        "bf16": setup.bf16,
         "not_exported": found["not_exported"],
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -441,12 +445,15 @@ def training(setup: Setup) -> list[Variant]:
         speed = len(seconds) * setup.train / sum(seconds)
         return {"value": speed, "epoch_seconds": seconds, "command": ended.command}
 
-    # On a GPU ours computes in bf16 where it can, which the plain loop does not.
-    in_float32 = [("ours, float32", ours("--precision", "no"))] if setup.gpus else []
+    # On a GPU ours computes in bf16 where it can, on a CPU where it is asked to; the plain loop never does.
+    if setup.gpus:
+        other = [("ours, float32", ours("--precision", "no"))]
+    else:
+        other = [("ours, bf16", ours("--precision", "bf16"))] if setup.bf16 else []
     workers = ("--channels-last", "--num-workers", setup.workers)
     variants = [
         ("ours", ours()),
-        *in_float32,
+        *other,
         ("plain loop", _plain(setup)),
         ("plain loop, channels_last", _plain(setup, "--channels-last")),
         (f"plain loop, channels_last, {setup.workers} loader processes", _plain(setup, *workers)),
@@ -504,7 +511,9 @@ def frozen(setup: Setup) -> list[Variant]:
 def prediction(setup: Setup) -> list[Variant]:
     """Photos per second of predictions on the test folder, the model being loaded."""
 
-    def predict(how: str, model_file: Path, batch_size: int) -> Callable[[Path, int], dict]:
+    def predict(
+        how: str, model_file: Path, batch_size: int, precision: str = "no"
+    ) -> Callable[[Path, int], dict]:
         def measure(folder: Path, _round: int) -> dict:
             words = setup.task(
                 "predict",
@@ -512,6 +521,7 @@ def prediction(setup: Setup) -> list[Variant]:
                 model_dir=str(model_file),
                 data_dir=str(setup.photos / "test"),
                 batch_size=batch_size,
+                precision=precision,
             )
             ended = run_process(words, folder)
             result = _task_result(ended)
@@ -521,6 +531,9 @@ def prediction(setup: Setup) -> list[Variant]:
         return measure
 
     variants = [("ours, torch", predict("ours", setup.saved_model, OUR_PREDICT_BATCH))]
+    if setup.bf16:
+        in_bf16 = predict("ours", setup.saved_model, OUR_PREDICT_BATCH, "bf16")
+        variants.append(("ours, torch, bf16", in_bf16))
     if setup.onnx and _version("onnxruntime"):
         variants.append(("ours, ONNX", predict("ours", setup.onnx, OUR_PREDICT_BATCH)))
     if _version("transformers"):

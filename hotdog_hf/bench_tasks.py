@@ -23,6 +23,7 @@ from hotdog_hf import data, engine, export, hub, inference, model, optim, photos
 from hotdog_hf.config import RECIPES, DataConfig
 from hotdog_hf.errors import UserError, exit_on_user_error
 from hotdog_hf.images import IMAGE_SUFFIXES
+from hotdog_hf.machine import cpu_has_bf16
 
 PROFILED_STEPS = 2
 TOP_OPERATORS = 10
@@ -60,6 +61,7 @@ def prepare(
         "image_size": data_config["input_size"][-1],
         "not_exported": not_exported,
         "threads": torch.get_num_threads(),
+        "bf16": engine.gpu_has_bf16() or (accelerator.device.type == "cpu" and cpu_has_bf16()),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
 
@@ -300,12 +302,23 @@ def _operators(profiler: torch.profiler.profile) -> list[dict]:
     return [{"name": name, "share": time / total, "calls": calls} for name, (time, calls) in top]
 
 
-def predict(*, how: str, model_dir: str, data_dir: str, batch_size: int, num_threads: int | None) -> dict:
+def predict(
+    *,
+    how: str,
+    model_dir: str,
+    data_dir: str,
+    batch_size: int,
+    num_threads: int | None,
+    precision: str = "no",
+) -> dict:
     """Predict every image of a folder: the labels, the seconds to load the model, and those to predict."""
     started = time.perf_counter()
     if num_threads and not torch.accelerator.is_available():
         torch.set_num_threads(num_threads)
-    labels_of = {"ours": _ours, "transformers": _transformers, "timm": _timm}[how](model_dir, batch_size)
+    if how == "ours":
+        labels_of = _ours(model_dir, batch_size, precision)
+    else:
+        labels_of = {"transformers": _transformers, "timm": _timm}[how](model_dir, batch_size)
     files = sorted(str(path) for path in Path(data_dir).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     loaded = time.perf_counter()
     labels = labels_of(data_dir, files)
@@ -322,9 +335,9 @@ def predict(*, how: str, model_dir: str, data_dir: str, batch_size: int, num_thr
 Labels = Callable[[str, list[str]], list[str]]
 
 
-def _ours(model_file: str, batch_size: int) -> Labels:
+def _ours(model_file: str, batch_size: int, precision: str) -> Labels:
     """Return what scripts/predict.py does, of a saved model or an ONNX file."""
-    predictor = inference.load_predictor(model_file)
+    predictor = inference.load_predictor(model_file, precision)
     choose = inference.decision_rule(predictor.label_names)
 
     def labels_of(data_dir: str, _files: list[str]) -> list[str]:

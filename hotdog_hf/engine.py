@@ -25,7 +25,7 @@ from tqdm import tqdm
 from hotdog_hf import sharding
 from hotdog_hf.data import IGNORED_LABEL, FeatureDataset
 from hotdog_hf.errors import UserError
-from hotdog_hf.machine import allowed_cores, keep_freed_memory
+from hotdog_hf.machine import allowed_cores, cpu_has_bf16, keep_freed_memory
 from hotdog_hf.pixels import MEMORY_FORMAT
 
 BAR_REFRESH_SECONDS = 0.5
@@ -53,11 +53,7 @@ def build_accelerator(
     on_cpu = not torch.accelerator.is_available()
     if precision == "auto":
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if (
-            precision == "no"
-            and torch.cuda.is_available()
-            and torch.cuda.is_bf16_supported(including_emulation=False)
-        ):
+        if precision == "no" and gpu_has_bf16():
             precision = "bf16"
     if precision in ("fp16", "tf32") and on_cpu:
         raise UserError(
@@ -138,6 +134,11 @@ def _launched_processes() -> int:
     return 1
 
 
+def gpu_has_bf16() -> bool:
+    """Tell whether there is a GPU that multiplies in bf16 itself."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def precision_of(accelerator: Accelerator) -> str:
     """Return the arithmetic of this run: "no" (float32), "tf32", "bf16" or "fp16"."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else accelerator.mixed_precision
@@ -152,6 +153,13 @@ def describe_hardware(accelerator: Accelerator) -> str:
     precision = {"no": "float32"}.get(precision_of(accelerator), precision_of(accelerator))
     pieces = ", sharded (FSDP)" if accelerator.is_fsdp2 else ""
     return f"{accelerator.num_processes} x {device.type} ({name}), {precision}{pieces}"
+
+
+def bf16_hint(accelerator: Accelerator) -> str | None:
+    """Say that a CPU has an arithmetic that this run does not use; its numbers would be other ones."""
+    if accelerator.device.type == "cpu" and precision_of(accelerator) == "no" and cpu_has_bf16():
+        return "this CPU has bf16 too: --precision bf16 may be twice as fast, or slower, as the network is"
+    return None
 
 
 def describe_versions() -> str:

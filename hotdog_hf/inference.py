@@ -44,12 +44,19 @@ class Prediction(NamedTuple):
     probabilities: dict[str, float]
 
 
-def load_predictor(name: str | os.PathLike) -> Predictor:
-    """Load a saved model, or a .onnx file of `export_onnx`; `UserError` where there is none."""
-    return _load_exported(Path(name)) if Path(name).suffix == ".onnx" else _load_saved(name)
+def load_predictor(name: str | os.PathLike, precision: str = "no") -> Predictor:
+    """Load a saved model, or a .onnx file of `export_onnx`; `UserError` where there is none.
+
+    A saved model computes in float32 ("no") or "bf16", an exported one as it was exported.
+    """
+    if Path(name).suffix != ".onnx":
+        return _load_saved(name, precision)
+    if precision != "no":
+        raise UserError(f"--precision {precision} is for saved models; {name} computes as it was exported")
+    return _load_exported(Path(name))
 
 
-def _load_saved(name: str | os.PathLike) -> Predictor:
+def _load_saved(name: str | os.PathLike, precision: str) -> Predictor:
     import torch
 
     from hotdog_hf import hub, model, pixels
@@ -57,6 +64,8 @@ def _load_saved(name: str | os.PathLike) -> Predictor:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     if device == "cpu":
         keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # torch's own default for convolutions
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
     net = hub.load_model(name).to(device, memory_format=pixels.MEMORY_FORMAT)
     data_config = model.data_config_of(net)
     to_input = pixels.Normalize(data_config["mean"], data_config["std"])
@@ -64,7 +73,9 @@ def _load_saved(name: str | os.PathLike) -> Predictor:
     @torch.inference_mode()
     def probabilities(images: np.ndarray) -> np.ndarray:
         batch = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
-        return net(to_input(batch)).softmax(dim=1).cpu().numpy()
+        with autocast:
+            logits = net(to_input(batch))
+        return logits.float().softmax(dim=1).cpu().numpy()
 
     return Predictor(model.label_names_of(net), data_config, probabilities, device != "cpu")
 

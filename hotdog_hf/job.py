@@ -56,6 +56,8 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Job:
     workers = config.data.num_workers
     workers = engine.default_workers(accelerator) if workers is None else workers
     say(f"{hardware}, {workers} loader processes, seed {seed}")
+    if hint := engine.bf16_hint(accelerator):
+        say(hint)
 
     splits, skipped = photos.open_photos(config.data, seed, accelerator)
     label_names = splits["train"].features["label"].names

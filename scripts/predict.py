@@ -28,6 +28,9 @@ class PredictConfig:
     threshold: float | None = None
     # Class that --threshold speaks of. Unset: "hotdog" where that is one of two classes.
     positive_label: str | None = None
+    # Arithmetic: float32 (no), or bf16, up to twice as fast on GPUs and CPUs that have it; the probabilities
+    # are then a little other ones.
+    precision: Literal["no", "bf16"] = "no"
     # Images that go through the network together.
     batch_size: int = 32
 
@@ -50,7 +53,7 @@ def main(config: PredictConfig) -> int:
 
     from hotdog_hf import inference
 
-    predictor = inference.load_predictor(config.model)
+    predictor = inference.load_predictor(config.model, config.precision)
     choose = inference.decision_rule(predictor.label_names, config.positive_label, config.threshold)
     # Ctrl-C and `| head` end it at once, without a word.
     for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):

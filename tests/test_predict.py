@@ -310,6 +310,15 @@ def test_the_script_predicts_what_it_can_and_names_the_rest(odd_album, saved, ex
     np.testing.assert_allclose(*numbers, rtol=0, atol=1.01e-4)
 
 
+def test_bf16_is_a_choice_that_an_exported_model_has_not(saved, exported):
+    batch = np.stack([np.asarray(picture(seed).resize((64, 64))) for seed in range(8)])
+    whole, half = (load_predictor(saved, precision).probabilities(batch) for precision in ("no", "bf16"))
+    assert half.dtype == np.float32 and not np.array_equal(whole, half)
+    np.testing.assert_allclose(half, whole, rtol=0, atol=0.1)
+    with pytest.raises(UserError, match="--precision bf16 is for saved models"):
+        load_predictor(exported, "bf16")
+
+
 def test_the_table_is_the_default_and_threshold_decides(album, exported):
     command = ("sh", "-c", 'printf "%s\n" "$2/b.png" "$2/a.JPG" | "$0" "$1" "$3" - --threshold 1.0')
     done = run(*command, sys.executable, PREDICT, album, exported)
