@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from forked import run_forked
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,9 +64,18 @@ def tiny_weights(tmp_path_factory) -> Path:
     return path
 
 
-def run(*command: object, cwd: Path = ROOT, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
-    """Run a command as a user would and return its output, whatever its exit code."""
+def run(
+    *command: object, cwd: Path = ROOT, timeout: float = 240, fresh: bool = False, **env: str
+) -> subprocess.CompletedProcess:
+    """Run a command as a user would and return its output, whatever its exit code.
+
+    Scripts and the launcher are forked from a process that has their imports behind it, unless to be `fresh`.
+    """
     words = [sys.executable if word == "python" else str(word) for word in command]
+    if words[0] == "accelerate":
+        words = [sys.executable, shutil.which("accelerate"), *words[1:]]
+    if words[0] == sys.executable and not words[1].startswith("-") and not fresh:
+        return run_forked(words[1:], cwd, timeout, env)
     return subprocess.run(
         words, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -114,7 +114,9 @@ def test_the_script_survives_the_whole_zoo_and_names_every_beast(script, photos,
     for beast in zoo.BEASTS:
         beast.make(photos / "train/hotdog" / beast.name)
     (photos / "train/hotdog/\x1b[31m red\n热狗.txt").write_text("a name that would colour the terminal")
-    done = script(photos, "--report", tmp_path / "zoo.json", "--no-cache", PYTHONIOENCODING="ascii")
+    done = script(
+        photos, "--report", tmp_path / "zoo.json", "--no-cache", fresh=True, PYTHONIOENCODING="ascii"
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "\x1b" not in done.stdout and r"\x1b[31m red\n\u70ed\u72d7.txt" in done.stdout
     refused = [beast.name for beast in zoo.BEASTS if beast.size is None]

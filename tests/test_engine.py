@@ -90,7 +90,10 @@ def test_a_world_that_is_not_the_one_launched_is_an_error(monkeypatch):
 
 def test_a_launcher_that_starts_one_process_of_two_is_an_error(photos_dir, tmp_path, train):
     done = train(
-        photos_dir, tmp_path / "run", launcher=("accelerate", "launch", "--cpu", "--num_processes", "2")
+        photos_dir,
+        tmp_path / "run",
+        launcher=("accelerate", "launch", "--cpu", "--num_processes", "2"),
+        fresh=True,  # our only sign of it is the launcher's command line
     )
     assert "error: 2 processes were asked for, but this one sees 1" in done.stderr
     assert done.returncode != 0 and not (tmp_path / "run").exists()

@@ -1,0 +1,106 @@
+"""Runs a command of Python's in a fork of a process that has the slow imports behind it.
+
+Imports take most of a script's time in these tests. What is run is the script itself, by its own name, with
+the arguments, environment and folder that a user would give. What the interpreter and the libraries read of
+the environment as they start must be as it was then: libraries that ask the Hub are imported by the fork
+where it has an environment of its own, and a test that tells the interpreter something needs a fresh one.
+"""
+
+import atexit
+import functools
+import json
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+
+ALL = (
+    "hotdog_hf.training hotdog_hf.report hotdog_hf.study hotdog_hf.export accelerate.commands.accelerate_cli"
+)
+THOSE_WITHOUT_A_HUB = (
+    "torch torchvision torch._dynamo sklearn.linear_model scipy.stats matplotlib.pyplot pandas"
+)
+
+
+@functools.cache
+def _server(modules: str, thread: int) -> subprocess.Popen:
+    """Start a server of one thread's: it runs one command at a time, threads theirs at once."""
+    command = [sys.executable, __file__, *modules.split()]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.kill)
+    return server
+
+
+def run_forked(
+    words: list[str], cwd: Path, timeout: float, env: dict[str, str]
+) -> subprocess.CompletedProcess:
+    """Run the Python file words[0] as `subprocess.run` does, with `env` on top of the environment."""
+    server = _server(THOSE_WITHOUT_A_HUB if env else ALL, threading.get_ident())
+    with tempfile.TemporaryDirectory() as scratch:
+        out, err = Path(scratch, "out"), Path(scratch, "err")
+        request = {
+            "words": words,
+            "cwd": str(cwd),
+            "env": dict(os.environ | env),
+            "out": str(out),
+            "err": str(err),
+        }
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        pid = int(server.stdout.readline())
+        if not select.select([server.stdout], [], [], timeout)[0]:
+            os.killpg(pid, signal.SIGKILL)
+        code = int(server.stdout.readline())
+        if code == -signal.SIGKILL:
+            raise subprocess.TimeoutExpired(words, timeout)
+        return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
+
+
+def _serve() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            _become(**request)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _become(words: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
+    os.setsid()  # so that it can be ended with all that it starts
+    files = (
+        os.open(os.devnull, os.O_RDONLY),
+        *(os.open(file, os.O_WRONLY | os.O_CREAT) for file in (out, err)),
+    )
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+    code = 0
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        __import__(name)
+    _serve()
