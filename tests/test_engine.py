@@ -1,4 +1,5 @@
 import os
+import sys
 
 import book_loop
 import pytest
@@ -173,3 +174,22 @@ def test_a_compiled_network_learns_the_same_and_keeps_its_names(
         for name in ("plain", "compiled")
     ]
     assert weights[0].keys() == weights[1].keys()
+
+
+FILL_TWICE = """
+import resource, torch
+from hotdog_hf import machine
+machine.keep_freed_memory()
+def faults(megabytes):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(megabytes * 2**20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(2300), faults(1000))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is asked for it")
+def test_more_than_two_gigabytes_are_used_again_without_page_faults():
+    done = run("python", "-c", FILL_TWICE)
+    first, second = map(int, done.stdout.split())
+    assert second < first / 100, done.stdout
