@@ -133,7 +133,7 @@ class MeasurementError(Exception):
 
 
 @dataclass(frozen=True)
-class Ended:
+class FinishedProcess:
     """A process that has ended: when it started, its seconds, and the rows that it wrote with their times."""
 
     command: str
@@ -147,10 +147,10 @@ def run_process(
     words: list[str],
     folder: Path,
     *,
-    watched: Path | None = None,
+    rows_file: Path | None = None,
     until: Callable[[], bool] | None = None,
     env: dict[str, str] | None = None,
-) -> Ended:
+) -> FinishedProcess:
     """Run a command to its end, and measure it; `folder` takes its output.
 
     `watched` is a file of JSON lines that it writes (None: its output); each line is noted with its time.
@@ -173,7 +173,7 @@ def run_process(
             while True:
                 code = process.poll()
                 seconds = time.perf_counter() - started
-                rows += [(seconds, row) for row in _json_lines(watched or out)[len(rows) :]]
+                rows += [(seconds, row) for row in _json_lines(rows_file or out)[len(rows) :]]
                 if until and until_seconds is None and until():
                     until_seconds = seconds
                     process.terminate()  # of one that has ended it does nothing
@@ -189,7 +189,7 @@ def run_process(
         said = [line for line in text.splitlines() if line.strip()] or ["nothing said"]
         lines = [line for line in said if line.startswith("error")] or said
         raise MeasurementError(f"`{command}` ended with {code}: {lines[-1]}")
-    return Ended(
+    return FinishedProcess(
         command=command,
         started_at=started_at,
         seconds=seconds,
@@ -225,8 +225,8 @@ def task_command(name: str, /, **knobs: object) -> list[str]:
     return [sys.executable, "-m", "hotdog_hf.bench_tasks", name, json.dumps(knobs)]
 
 
-def _task_result(ended: Ended) -> dict:
-    return ended.rows[-1][1]
+def _task_result(finished: FinishedProcess) -> dict:
+    return finished.rows[-1][1]
 
 
 # What is there to measure with.
@@ -364,21 +364,21 @@ def commit_of(root: Path) -> str | None:
 # Sections: what each compares. Every function returns the variants in the order in which they take turns.
 
 
-def _trained(ended: Ended, run_dir: Path, setup: Setup) -> dict:
+def _trained(finished: FinishedProcess, run_dir: Path, setup: Setup) -> dict:
     """Return the speed of a run of scripts/train.py: from its first step until its last epoch is judged.
 
     The photos of `samples.png` are drawn last before the first step. Between the epochs the run saves its
     state and draws its curves, which is counted.
     """
-    start = (run_dir / "samples.png").stat().st_mtime - ended.started_at
-    ends = [seconds for seconds, row in ended.rows if row.get("epoch")]
-    final = ended.rows[-1][1]
+    start = (run_dir / "samples.png").stat().st_mtime - finished.started_at
+    ends = [seconds for seconds, row in finished.rows if row.get("epoch")]
+    final = finished.rows[-1][1]
     return {
         "value": len(ends) * setup.train / (ends[-1] - start),
         "epoch_seconds": [end - before for before, end in zip([start, *ends], ends, strict=False)],
-        "seconds_in_all": ended.seconds,
+        "seconds_in_all": finished.seconds,
         "test_accuracy": final["test_accuracy"],
-        "command": ended.command,
+        "command": finished.command,
     }
 
 
@@ -390,7 +390,7 @@ def _ours(
     launcher: tuple = (),
     cache: str | None = None,
     until: Callable[[], bool] | None = None,
-) -> Ended:
+) -> FinishedProcess:
     """Run scripts/train.py to `folder`/run, with the caches called `cache`, or without any."""
     run_dir = folder / "run"
     script, flags = setup.script("train.py"), setup.train_flags(run_dir, recipe, *words)
@@ -398,7 +398,7 @@ def _ours(
     return run_process(
         command,
         folder,
-        watched=run_dir / "metrics.jsonl",
+        rows_file=run_dir / "metrics.jsonl",
         until=until,
         env=_fresh_cache(setup.work / "cache" / (cache or folder.name)),
     )
@@ -406,15 +406,15 @@ def _ours(
 
 def _plain(setup: Setup, *words: object) -> Callable[[Path, int], dict]:
     def measure(folder: Path, seed: int) -> dict:
-        ended = run_process(setup.plain_loop("--epochs", setup.epochs, "--seed", seed, *words), folder)
-        rows = [row for _, row in ended.rows]
+        finished = run_process(setup.plain_loop("--epochs", setup.epochs, "--seed", seed, *words), folder)
+        rows = [row for _, row in finished.rows]
         seconds = [row["seconds"] for row in rows]
         return {
             "value": len(rows) * setup.train / sum(seconds),
             "epoch_seconds": seconds,
-            "seconds_in_all": ended.seconds,
+            "seconds_in_all": finished.seconds,
             "test_accuracy": rows[-1]["test_accuracy"],
-            "command": ended.command,
+            "command": finished.command,
         }
 
     return measure
@@ -425,8 +425,8 @@ def training(setup: Setup) -> list[Variant]:
 
     def ours(*words: object) -> Callable[[Path, int], dict]:
         def measure(folder: Path, seed: int) -> dict:
-            ended = _ours(setup, folder, "chapter", "--epochs", setup.epochs, "--seed", seed, *words)
-            return _trained(ended, folder / "run", setup)
+            finished = _ours(setup, folder, "chapter", "--epochs", setup.epochs, "--seed", seed, *words)
+            return _trained(finished, folder / "run", setup)
 
         return measure
 
@@ -440,10 +440,10 @@ def training(setup: Setup) -> list[Variant]:
             classes=setup.classes,
             **setup.network(),
         )
-        ended = run_process(words, folder)
-        seconds = _task_result(ended)["epoch_seconds"]
+        finished = run_process(words, folder)
+        seconds = _task_result(finished)["epoch_seconds"]
         speed = len(seconds) * setup.train / sum(seconds)
-        return {"value": speed, "epoch_seconds": seconds, "command": ended.command}
+        return {"value": speed, "epoch_seconds": seconds, "command": finished.command}
 
     # On a GPU ours computes in bf16 where it can, on a CPU where it is asked to; the plain loop never does.
     if setup.gpus:
@@ -471,10 +471,12 @@ def accuracy(setup: Setup) -> list[Variant]:
             if cached and not (setup.work / "cache" / cache).exists():
                 (folder / "before").mkdir()
                 _ours(setup, folder / "before", name, "--seed", seed, cache=cache)
-            ended = _ours(setup, folder, name, "--seed", seed, cache=cache)
-            curve = [[seconds, row["test_accuracy"]] for seconds, row in ended.rows if "test_accuracy" in row]
-            last = ended.rows[-1][1]["test_accuracy"]
-            facts = {"seconds_in_all": ended.seconds, "command": ended.command}
+            finished = _ours(setup, folder, name, "--seed", seed, cache=cache)
+            curve = [
+                [seconds, row["test_accuracy"]] for seconds, row in finished.rows if "test_accuracy" in row
+            ]
+            last = finished.rows[-1][1]["test_accuracy"]
+            facts = {"seconds_in_all": finished.seconds, "command": finished.command}
             return {"curve": curve, "test_accuracy": last, **facts}
 
         return measure
@@ -491,19 +493,19 @@ def frozen(setup: Setup) -> list[Variant]:
     """Seconds of an epoch after the first where the body is frozen: with cached features, and plainly."""
 
     def ours(folder: Path, seed: int) -> dict:
-        ended = _ours(setup, folder, "frozen", "--epochs", OUR_FROZEN_EPOCHS, "--seed", seed)
-        ends = [seconds for seconds, row in ended.rows if row.get("epoch")]
+        finished = _ours(setup, folder, "frozen", "--epochs", OUR_FROZEN_EPOCHS, "--seed", seed)
+        ends = [seconds for seconds, row in finished.rows if row.get("epoch")]
         seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-        final = ended.rows[-1][1]
-        return {"value": seconds, "test_accuracy": final["test_accuracy"], "command": ended.command}
+        final = finished.rows[-1][1]
+        return {"value": seconds, "test_accuracy": final["test_accuracy"], "command": finished.command}
 
     def plain(folder: Path, seed: int) -> dict:
         flags = ("--freeze-body", "--no-augment", "--channels-last")
         words = setup.plain_loop("--epochs", PLAIN_FROZEN_EPOCHS, "--seed", seed, *flags)
-        ended = run_process(words, folder)
-        rows = [row for _, row in ended.rows]
+        finished = run_process(words, folder)
+        rows = [row for _, row in finished.rows]
         seconds = sum(row["seconds"] for row in rows[1:]) / (len(rows) - 1)
-        return {"value": seconds, "test_accuracy": rows[-1]["test_accuracy"], "command": ended.command}
+        return {"value": seconds, "test_accuracy": rows[-1]["test_accuracy"], "command": finished.command}
 
     return [Variant("frozen", "ours, features cached", ours), Variant("frozen", "plain frozen loop", plain)]
 
@@ -523,10 +525,10 @@ def prediction(setup: Setup) -> list[Variant]:
                 batch_size=batch_size,
                 precision=precision,
             )
-            ended = run_process(words, folder)
-            result = _task_result(ended)
+            finished = run_process(words, folder)
+            result = _task_result(finished)
             speed = result["images"] / result["seconds"]
-            return {"value": speed, **result, "seconds_in_all": ended.seconds, "command": ended.command}
+            return {"value": speed, **result, "seconds_in_all": finished.seconds, "command": finished.command}
 
         return measure
 
@@ -561,10 +563,10 @@ def memory(setup: Setup) -> list[Variant]:
                 steps=steps,
                 **setup.network(),
             )
-            ended = run_process(words, folder)
-            found = _task_result(ended)
+            finished = run_process(words, folder)
+            found = _task_result(finished)
             result = {"value": found["peak_bytes"] / 2**20, "steps": steps, "batch_size": batch_size}
-            return result | found | {"command": ended.command}
+            return result | found | {"command": finished.command}
 
         return measure
 
@@ -584,8 +586,8 @@ def processes(setup: Setup) -> list[Variant]:
                 launcher[-1] = setup.root / "configs/one_gpu.yaml"
             launcher += ["--num_processes", number]
             flags = ("--epochs", 1, "--seed", seed, "--num-threads", max(setup.threads // number, 1))
-            ended = _ours(setup, folder, "chapter", *flags, launcher=tuple(launcher))
-            return _trained(ended, folder / "run", setup)
+            finished = _ours(setup, folder, "chapter", *flags, launcher=tuple(launcher))
+            return _trained(finished, folder / "run", setup)
 
         return measure
 
@@ -597,23 +599,23 @@ def startup(setup: Setup) -> list[Variant]:
 
     def helped(name: str) -> Callable[[Path, int], dict]:
         def measure(folder: Path, _round: int) -> dict:
-            ended = run_process(setup.script(name, "--help"), folder)
-            return {"value": ended.seconds, "command": ended.command}
+            finished = run_process(setup.script(name, "--help"), folder)
+            return {"value": finished.seconds, "command": finished.command}
 
         return measure
 
     def first_step(folder: Path, _round: int) -> dict:
         flags = ("--epochs", 1, "--batch-size", min(8, setup.train), "--checkpoint-every", 1)
         done = folder / "run/checkpoints/step-00000001"
-        ended = _ours(setup, folder, "chapter", *flags, until=done.exists)
-        return {"value": ended.until_seconds, "command": ended.command}
+        finished = _ours(setup, folder, "chapter", *flags, until=done.exists)
+        return {"value": finished.until_seconds, "command": finished.command}
 
     def first_prediction(model_file: Path) -> Callable[[Path, int], dict]:
         def measure(folder: Path, _round: int) -> dict:
             photos, out = setup.photos / "test", folder / "output.txt"
             words = setup.script("predict.py", model_file, photos, "--format", "jsonl")
-            ended = run_process(words, folder, until=lambda: out.stat().st_size > 0)
-            return {"value": ended.until_seconds, "command": ended.command}
+            finished = run_process(words, folder, until=lambda: out.stat().st_size > 0)
+            return {"value": finished.until_seconds, "command": finished.command}
 
         return measure
 
@@ -637,9 +639,9 @@ def profile(setup: Setup) -> list[Variant]:
             num_workers=None,
             **setup.network(),
         )
-        ended = run_process(words, folder)
-        result = _task_result(ended)
-        return {"value": sum(result["seconds_by"].values()), **result, "command": ended.command}
+        finished = run_process(words, folder)
+        result = _task_result(finished)
+        return {"value": sum(result["seconds_by"].values()), **result, "command": finished.command}
 
     variants = [Variant("profile", "an epoch", measure)]
     if shutil.which("py-spy"):
@@ -648,8 +650,8 @@ def profile(setup: Setup) -> list[Variant]:
             picture = setup.work.parent / "flame.svg"
             flags = setup.train_flags(folder / "run", "chapter", "--epochs", 1)
             spied = ["py-spy", "record", "--output", str(picture), "--rate", "50", "--"]
-            ended = run_process([*spied, *setup.script("train.py", *flags)], folder)
-            return {"value": ended.seconds, "command": ended.command}
+            finished = run_process([*spied, *setup.script("train.py", *flags)], folder)
+            return {"value": finished.seconds, "command": finished.command}
 
         variants.append(Variant("profile", "flame.svg of py-spy", flame, once=True))
     return variants
@@ -667,10 +669,10 @@ def exact(setup: Setup) -> list[Variant]:
 
     def measure_with(words: tuple) -> Callable[[Path, int], dict]:
         def measure(folder: Path, _round: int) -> dict:
-            ended = _ours(setup, folder, *words)
-            final = ended.rows[-1][1]
+            finished = _ours(setup, folder, *words)
+            final = finished.rows[-1][1]
             metrics = {name: value for name, value in final.items() if not re.search("second|share", name)}
-            return {"value": final["test_loss"], "metrics": metrics, "command": ended.command}
+            return {"value": final["test_loss"], "metrics": metrics, "command": finished.command}
 
         return measure
 

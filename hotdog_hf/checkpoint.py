@@ -56,7 +56,7 @@ class Progress:
 
 
 @dataclass
-class State:
+class TrainState:
     """All that training changes, on one process."""
 
     # What is trained, as the accelerator prepared it.
@@ -70,7 +70,7 @@ class State:
     totals: torch.Tensor
 
 
-def save(run_dir: Path, accelerator: Accelerator, state: State, keep: int) -> Path:
+def save(run_dir: Path, accelerator: Accelerator, state: TrainState, keep: int) -> Path:
     """Write `run_dir/checkpoints/step-NNNNNNNN`, whole or not at all, and drop all but the newest `keep`.
 
     To be called by every process. Raises `UserError` where the loss or the disk does not allow it; the
@@ -100,7 +100,7 @@ def save(run_dir: Path, accelerator: Accelerator, state: State, keep: int) -> Pa
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
                 plain.setdefault(str(index), {})[name] = value
-    tensors = sharding.whole(tensors, keep=accelerator.is_main_process)
+    tensors = sharding.full_tensors(tensors, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         for rank, process in enumerate(processes):
             tensors |= {f"random.{rank}.{name}": process.pop(name) for name in ("torch", "cuda")}
@@ -228,7 +228,7 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise UserError(f"the checkpoint {folder} cannot be read: {error}") from error
 
 
-def load(content: tuple[dict[str, torch.Tensor], dict], accelerator: Accelerator, state: State) -> None:
+def load(content: tuple[dict[str, torch.Tensor], dict], accelerator: Accelerator, state: TrainState) -> None:
     """Put everything back into `state` as `read` found it."""
     tensors, plain = content
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "random": {}}
@@ -244,7 +244,7 @@ def load(content: tuple[dict[str, torch.Tensor], dict], accelerator: Accelerator
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in parts["optimizer"].items():
         index, _, key = name.partition(".")
-        optimizer_state.setdefault(int(index), {})[key] = sharding.cut_like(value, parameters[int(index)])
+        optimizer_state.setdefault(int(index), {})[key] = sharding.shard_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": saved["param_groups"]})
     state.schedule.load_state_dict(plain["schedule"])
     if accelerator.scaler:

@@ -15,7 +15,7 @@ from typing import Literal
 import tyro
 
 # Values of --head-init that need the training photos' features, and are worth something before training.
-SOLVED_HEADS = ("probe", "class-vector")
+FITTED_HEADS = ("probe", "class-vector")
 DEFAULT_DATA_DIR = "data/hotdog"
 SAMPLE_DATA_DIR = "data/sample"
 
@@ -290,10 +290,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         epochs = self.optim.epochs
         _require(
-            epochs >= 1 or self.model.head_init in SOLVED_HEADS,
+            epochs >= 1 or self.model.head_init in FITTED_HEADS,
             "--epochs",
             epochs,
-            f"needs --head-init {' or '.join(SOLVED_HEADS)}",
+            f"needs --head-init {' or '.join(FITTED_HEADS)}",
         )
         _require(
             self.data.augmentation == "none" or not self.model.cache_features,
@@ -301,7 +301,7 @@ class TrainConfig:
             self.data.augmentation,
             "must be none where features are cached, or add --no-cache-features",
         )
-        all_features = self.model.head_init in SOLVED_HEADS or self.model.cache_features
+        all_features = self.model.head_init in FITTED_HEADS or self.model.cache_features
         _require(
             not (self.data.streaming and all_features),
             "--streaming",
@@ -362,13 +362,13 @@ RECIPES: dict[str, TrainConfig] = {
 }
 
 
-def plain(config: TrainConfig) -> dict:
+def to_dict(config: TrainConfig) -> dict:
     """Return a config as its JSON file gives it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def flatten(config: dict) -> dict:
-    """Return the knobs of a `plain` config in one level."""
+    """Return the knobs of a `to_dict` config in one level."""
     knobs = {name: value for name, value in config.items() if not isinstance(value, dict)}
     for group in config.values():
         knobs |= group if isinstance(group, dict) else {}
@@ -377,7 +377,7 @@ def flatten(config: dict) -> dict:
 
 def command_of(config: TrainConfig) -> str:
     """Return the command line that trains by this config: its recipe, and what differs from that."""
-    recipe, knobs = flatten(plain(RECIPES[config.recipe])), flatten(plain(config))
+    recipe, knobs = flatten(to_dict(RECIPES[config.recipe])), flatten(to_dict(config))
     words = ["accelerate", "launch", "scripts/train.py", "--recipe", config.recipe]
     for name, value in knobs.items():
         flag = name.replace("_", "-")

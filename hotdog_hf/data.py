@@ -79,7 +79,11 @@ def _read_hub(repo: str) -> dict[str, datasets.Dataset]:
     with hub_errors(repo):
         loaded = datasets.load_dataset(repo)
     split_of = {alias: split for split, aliases in SPLIT_FOLDERS.items() for alias in aliases}
-    splits = {split_of[name]: two_columns(repo, rows) for name, rows in loaded.items() if name in split_of}
+    splits = {
+        split_of[name]: select_image_and_label(repo, rows)
+        for name, rows in loaded.items()
+        if name in split_of
+    }
     if unlabelled := sum(label < 0 for rows in splits.values() for label in rows["label"]):
         raise UserError(f"{repo}: {unlabelled} photos have no label")
     if missing := {"train", "test"} - set(splits):
@@ -99,7 +103,7 @@ def require_every_class(name: str, counts: dict[str, dict[str, int]]) -> None:
             )
 
 
-def two_columns(
+def select_image_and_label(
     repo: str, rows: datasets.Dataset | datasets.IterableDataset
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Return the image and label columns under these names, images undecoded."""
@@ -230,7 +234,7 @@ def read_photo(row: dict) -> Image.Image:
     return decode_image(image["path"] if image["bytes"] is None else image["bytes"])
 
 
-def showcase(
+def sample_photos(
     rows: datasets.Dataset, positive_label: str | None, count: int = 8
 ) -> tuple[list[Image.Image], list[Image.Image], tuple[str, str]]:
     """Return the chapter's look at the data: first photos of one class, last of the others, and titles.
@@ -285,7 +289,7 @@ class CropAndFlip:
         """Return the bytes of a crop, uint8 [3, H, W]; what is drawn follows from the numbers alone."""
         with self._drawing, torch.random.fork_rng(devices=[]):
             # The CPU generator only: torch.manual_seed would reset the GPU's as well, photo by photo.
-            torch.default_generator.manual_seed(mix(*numbers))
+            torch.default_generator.manual_seed(derive_seed(*numbers))
             place, flip = self.crop.make_params([photo]), torch.rand(1) < 0.5
         cropped = self.crop.transform(photo, place)
         return v2.functional.pil_to_tensor(v2.functional.horizontal_flip(cropped) if flip else cropped)
@@ -310,7 +314,7 @@ def train_transform(
     return CropAndFlip(image_size or data_config["input_size"][1:], min_crop_area, data_config)
 
 
-def by_threads(work: Callable[[object], dict], keys: Sequence, threads: int | None = None) -> list[dict]:
+def map_threaded(work: Callable[[object], dict], keys: Sequence, threads: int | None = None) -> list[dict]:
     """Return the work on every key, done by as many threads as torch takes: one in a loader process.
 
     Decoding and resizing run without Python's lock. The network rests meanwhile, so the cores are free.
@@ -352,7 +356,7 @@ class PhotoDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, keys: Sequence) -> list[dict]:
         """Return the items of a batch, as torch's loader asks for them."""
-        return by_threads(self.__getitem__, keys, self.threads)
+        return map_threaded(self.__getitem__, keys, self.threads)
 
     def pixel_values(self, epoch: int, index: int) -> torch.Tensor:
         """Return the bytes of the transformed photo, uint8 [3, H, W]."""
@@ -385,7 +389,7 @@ class FeatureDataset(PhotoDataset):
         return pixel_values
 
 
-def mix(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """Hash a few numbers into one well-spread seed, so that neighbours share nothing."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
@@ -422,7 +426,7 @@ class StepSampler(torch.utils.data.Sampler):
         return range(self.photos_skipped(), self.size, self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator).tolist()
         for start in self._starts():
             share = order[start : start + self.batch_size][self.rank :: self.world_size]

@@ -66,10 +66,10 @@ def build_accelerator(
             raise UserError(
                 f"the launcher's {way} is not built in here; for a large network: configs/fsdp.yaml"
             )
-    pieces = sharding.plugin()
-    if pieces and not may_shard:
+    fsdp_plugin = sharding.plugin()
+    if fsdp_plugin and not may_shard:
         raise UserError("only scripts/train.py cuts a network into pieces (FSDP); launch this without it")
-    if pieces and precision == "fp16":
+    if fsdp_plugin and precision == "fp16":
         raise UserError("--precision fp16 does not go with FSDP here; use bf16 or no")
     # Torch's own default is TF32 in convolutions and float32 in all else.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -79,7 +79,7 @@ def build_accelerator(
     accelerator = Accelerator(
         cpu=on_cpu,  # without it, processes launched for a machine that has no GPU would not find each other
         mixed_precision="no" if precision == "tf32" else precision,
-        fsdp_plugin=pieces,
+        fsdp_plugin=fsdp_plugin,
         log_with=None if tracker == "none" else tracker,
         project_dir=".",  # until the run's folder is known
     )
@@ -89,10 +89,10 @@ def build_accelerator(
             f"{wanted} processes were asked for, but this one sees {accelerator.num_processes}; use"
             " `accelerate launch --config_file accelerate_config.yaml --num_processes N scripts/train.py`"
         )
-    if pieces and accelerator.num_processes == 1:
+    if fsdp_plugin and accelerator.num_processes == 1:
         raise UserError("FSDP cuts a network over several processes: --num_processes 2 or more")
-    if pieces and on_cpu:
-        sharding.shard_on_cpu(accelerator, pieces)
+    if fsdp_plugin and on_cpu:
+        sharding.shard_on_cpu(accelerator, fsdp_plugin)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
@@ -151,8 +151,8 @@ def describe_hardware(accelerator: Accelerator) -> str:
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     )
     precision = {"no": "float32"}.get(precision_of(accelerator), precision_of(accelerator))
-    pieces = ", sharded (FSDP)" if accelerator.is_fsdp2 else ""
-    return f"{accelerator.num_processes} x {device.type} ({name}), {precision}{pieces}"
+    sharded = ", sharded (FSDP)" if accelerator.is_fsdp2 else ""
+    return f"{accelerator.num_processes} x {device.type} ({name}), {precision}{sharded}"
 
 
 def bf16_hint(accelerator: Accelerator) -> str | None:
@@ -215,10 +215,10 @@ def measure_speed(
         started = time.perf_counter()
         net.train(learn)
         with torch.set_grad_enabled(learn), accelerator.autocast():
-            answer = net(images).float().sum()
+            output = net(images).float().sum()
         if learn:
-            answer.backward()
-        answer.item()  # waits for a GPU
+            output.backward()
+        output.item()  # waits for a GPU
         seconds.append((time.perf_counter() - started) / len(images) / accelerator.num_processes)
     return seconds[1], seconds[2]
 
@@ -235,7 +235,7 @@ def train_steps(
     label_smoothing: float = 0.0,
     accumulation_steps: int = 1,
     average: AveragedModel | None = None,
-    resting: Sequence[torch.nn.Module] = (),
+    eval_modules: Sequence[torch.nn.Module] = (),
     title: str = "",
 ) -> Iterator[float]:
     """Train over the rest of an epoch; after every optimizer step, yield the seconds it waited for photos.
@@ -245,10 +245,10 @@ def train_steps(
     modules in `resting` stay in evaluation mode; `average` follows the weights.
     """
     model.train()
-    for module in resting:
+    for module in eval_modules:
         module.eval()
     bar = tqdm(desc=title, unit="img", leave=False, disable=_no_bar(accelerator))
-    bar.total, unchecked = loader.batch_sampler.size, None
+    bar.sum_processes, pending_loss = loader.batch_sampler.size, None
     bar.update(loader.batch_sampler.photos_skipped())
     batches, sharded = _timed(loader), sharding.is_sharded(model)
     for (batch, waited), step_size in zip(batches, loader.batch_sampler.step_sizes(), strict=True):
@@ -258,15 +258,17 @@ def train_steps(
         # DDP averages the gradients of the processes: times their number they are the sum over the whole
         # batch, exact for a short last batch too; divided by its size they are the mean.
         scale = accelerator.num_processes / (step_size if loss_reduction == "mean" else 1)
-        pieces = list(zip(images.chunk(accumulation_steps), labels.chunk(accumulation_steps), strict=True))
+        micro_batches = list(
+            zip(images.chunk(accumulation_steps), labels.chunk(accumulation_steps), strict=True)
+        )
         if sharded:
-            # They fetch the weights together, so that each needs as many pieces: this one counts for nothing.
-            idle = (images[:1], torch.full_like(labels[:1], IGNORED_LABEL))
-            pieces = [idle] * (accumulation_steps - len(pieces)) + pieces
-        for number, (image_piece, label_piece) in enumerate(pieces, start=1):
-            # Adding up gradients here spares copies the network; pieces it would cost whole gradients.
-            together = sharded or number == len(pieces)
-            with contextlib.nullcontext() if together else accelerator.no_sync(model):
+            # They fetch the weights together, so that each needs as many micro-batches: this one is ignored.
+            padding_batch = (images[:1], torch.full_like(labels[:1], IGNORED_LABEL))
+            micro_batches = [padding_batch] * (accumulation_steps - len(micro_batches)) + micro_batches
+        for number, (image_piece, label_piece) in enumerate(micro_batches, start=1):
+            # Adding up gradients here spares copies the network; sharded it would cost whole gradients.
+            sync_gradients = sharded or number == len(micro_batches)
+            with contextlib.nullcontext() if sync_gradients else accelerator.no_sync(model):
                 with accelerator.autocast():  # FSDP does not bring it along, as DDP does
                     logits = model(image_piece).float()
                 loss = F.cross_entropy(
@@ -278,10 +280,10 @@ def train_steps(
                 )
                 accelerator.backward(loss * scale)
             totals += _batch_totals(loss, logits, label_piece)
-        if unchecked:  # one step late, so that the GPU never waits for the answer
-            _require_finite(*unchecked)
+        if pending_loss:  # one step late, so that the GPU never waits for the answer
+            _require_finite(*pending_loss)
         # All processes find out together, so that none waits for one that has ended.
-        unchecked = (
+        pending_loss = (
             accelerator.reduce(loss.detach()),
             batch["index"],
             loader.dataset,
@@ -295,8 +297,8 @@ def train_steps(
         bar.update(step_size)
         _show(bar, totals)
         yield waited
-    if unchecked:
-        _require_finite(*unchecked)
+    if pending_loss:
+        _require_finite(*pending_loss)
     bar.close()
 
 
@@ -346,18 +348,21 @@ def prepare(
     return accelerator.prepare(model, optimizer)
 
 
-def share_state(model: torch.nn.Module) -> None:
+def broadcast_state(model: torch.nn.Module) -> None:
     """Give every process the first one's weights and BatchNorm statistics; those each counts on its own."""
     broadcast([value for value in model.state_dict().values() if not isinstance(value, DTensor)])
 
 
 @torch.no_grad()
 def totals_of(
-    accelerator: Accelerator, head: torch.nn.Module, seen: FeatureDataset, label_smoothing: float = 0.0
+    accelerator: Accelerator,
+    head: torch.nn.Module,
+    split_features: FeatureDataset,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Return totals [3], as `train_steps` counts them, of a head on features that every process has."""
-    labels = torch.as_tensor(seen.labels, device=accelerator.device)
-    logits = head(seen.features.to(accelerator.device))
+    labels = torch.as_tensor(split_features.labels, device=accelerator.device)
+    logits = head(split_features.features.to(accelerator.device))
     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
     totals = _batch_totals(loss, logits, labels)
     return totals / accelerator.num_processes
@@ -371,34 +376,34 @@ def log(accelerator: Accelerator, row: dict, step: int) -> None:
         accelerator.print(f"warning: the tracker took no numbers: {type(error).__name__}: {error}")
 
 
-def pass_size(accelerator: Accelerator, batch_size: int, accumulation_steps: int) -> int:
+def micro_batch_size(accelerator: Accelerator, batch_size: int, accumulation_steps: int) -> int:
     """Return how many photos of a batch one process takes through the network at once."""
     return math.ceil(batch_size / (accelerator.num_processes * accumulation_steps))
 
 
-def on_main(accelerator: Accelerator, function: Callable[[], object]) -> object:
+def run_on_main(accelerator: Accelerator, function: Callable[[], object]) -> object:
     """Return on every process what `function` answers on the first, which alone may have the run's folder.
 
     Its `UserError` is raised on every process, so that none waits for one that has ended.
     """
-    answer = error = None
+    output = error = None
     if accelerator.is_main_process:
         try:
-            answer = function()
+            output = function()
         except UserError as raised:
             error = str(raised)
-    answer, error = broadcast_object_list([answer, error])
+    output, error = broadcast_object_list([output, error])
     if error is not None:
         raise UserError(error)
-    return answer
+    return output
 
 
-def agree(accelerator: Accelerator, flag: bool) -> bool:
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Return whether any process has `flag` set; every process gets the same answer."""
-    return total(accelerator, int(flag)) > 0
+    return sum_processes(accelerator, int(flag)) > 0
 
 
-def total(accelerator: Accelerator, number: int) -> int:
+def sum_processes(accelerator: Accelerator, number: int) -> int:
     """Return the sum over all processes."""
     if accelerator.num_processes == 1:
         return number
@@ -463,8 +468,8 @@ def pooled_features(
     def features_of(images: torch.Tensor) -> torch.Tensor:
         passed.clear()
         with accelerator.autocast():
-            answer = net(images)
-        if len(passed) != 1 or not torch.equal(passed[0][1], answer):
+            output = net(images)
+        if len(passed) != 1 or not torch.equal(passed[0][1], output):
             raise UserError("this model does more than one linear layer to its features; choose another")
         return passed[0][0].float()
 
@@ -480,16 +485,16 @@ def pooled_features(
 def _gather(
     accelerator: Accelerator,
     loader: torch.utils.data.DataLoader,
-    answer: Callable[[torch.Tensor], torch.Tensor],
+    output: Callable[[torch.Tensor], torch.Tensor],
     title: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    answers, labels = [], []
+    outputs, labels = [], []
     for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=_no_bar(accelerator)):
-        answered = answer(loader.dataset.network_input(batch["pixel_values"]))
-        gathered = accelerator.gather_for_metrics((answered, batch["labels"]))
-        answers.append(gathered[0].cpu())
+        output = output(loader.dataset.network_input(batch["pixel_values"]))
+        gathered = accelerator.gather_for_metrics((output, batch["labels"]))
+        outputs.append(gathered[0].cpu())
         labels.append(gathered[1].cpu())
-    answers, labels = torch.cat(answers), torch.cat(labels)
+    outputs, labels = torch.cat(outputs), torch.cat(labels)
     expected = len(loader.dataset)
     assert len(labels) == expected, f"{len(labels)} answers for {expected} photos"
-    return answers, labels
+    return outputs, labels

@@ -20,7 +20,7 @@ from hotdog_hf.data import (
     eval_loader,
     eval_transform,
     manifest,
-    mix,
+    derive_seed,
     train_transform,
 )
 from hotdog_hf.machine import cache_dir
@@ -67,7 +67,7 @@ def of_crops(
     crop, views = train_transform(data_config, None, min_crop_area), []
     facts = _facts(splits, split, data_dir, data_config) if count else []
     for view in range(1, count + 1):
-        photo_set = PhotoDataset(splits[split], crop, mix(seed, view))
+        photo_set = PhotoDataset(splits[split], crop, derive_seed(seed, view))
         knobs = {"batch_size": BATCH_SIZE, "num_workers": num_workers, "title": f"crops {view}/{count}"}
         views.append(
             pooled_features(accelerator, net, photo_set, [*facts, min_crop_area, seed, view], **knobs)
@@ -99,7 +99,7 @@ def pooled_features(
     machine = [accelerator.device.type, precision, torch.get_num_threads(), batch_size]
     file = cache_dir() / "features" / f"{_key(net, [facts, len(photo_set), machine])}.safetensors"
     features = _read(file)
-    if engine.agree(accelerator, features is None):
+    if engine.any_process(accelerator, features is None):
         loader = eval_loader(photo_set, batch_size, num_workers=num_workers)
         features, _ = engine.pooled_features(accelerator, net, accelerator.prepare(loader), title)
         if accelerator.is_local_main_process:

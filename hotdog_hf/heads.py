@@ -20,10 +20,10 @@ PROBE_FOLDS = 5
 PROBE_STRENGTHS = tuple(10.0**power for power in np.arange(-4, 1.5, 0.5))
 
 
-def solve(
+def fit_head(
     net: torch.nn.Module,
     head_init: str,
-    seen: FeatureDataset,
+    split_features: FeatureDataset,
     views: Sequence[FeatureDataset],
     source_head: torch.nn.Linear,
     source_classes: Sequence[int | None] | None,
@@ -32,10 +32,10 @@ def solve(
 
     `seen` has the photos as in evaluation, each of `views` a random crop of every one of them.
     """
-    features = seen.features.numpy()
+    features = split_features.features.numpy()
     if head_init == "probe":
         crops = [view.features.numpy() for view in views]
-        set_head(net, *probe_head(features, seen.labels, seen.seed, crops))
+        set_head(net, *probe_head(features, split_features.labels, split_features.seed, crops))
     else:
         set_head(net, *class_vector_head(source_head, features, source_classes))
 

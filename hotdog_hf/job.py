@@ -12,8 +12,8 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from hotdog_hf import data, engine, features, heads, model, optim, photos, pixels, stream
-from hotdog_hf.checkpoint import Progress, State
-from hotdog_hf.config import SOLVED_HEADS, TrainConfig
+from hotdog_hf.checkpoint import Progress, TrainState
+from hotdog_hf.config import FITTED_HEADS, TrainConfig
 from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import ClassificationReport
 
@@ -31,63 +31,65 @@ class Job:
     label_names: list[str]
     positive_label: str | None
     # The split that judges the epochs: test chooses nothing where there is a validation split.
-    watched: str
+    eval_split: str
     # The bare network, all that is saved of it besides its weights, and its preprocessing.
     net: torch.nn.Module
-    shell: torch.nn.Module
+    meta_model: torch.nn.Module
     data_config: dict
     # Modules that stay in evaluation mode while training.
-    resting: Sequence[torch.nn.Module]
+    eval_modules: Sequence[torch.nn.Module]
     # Batches of one optimizer step each, and of one pass each of the splits that are judged.
     train_loader: DataLoader
     eval_loaders: dict[str, DataLoader]
     # Photos that one process takes through the network at once.
-    pass_size: int
-    report: ClassificationReport
+    micro_batch_size: int
+    metric: ClassificationReport
     # What training changes. A solved head starts with epoch 0, and with what it is worth on train.
-    state: State
+    state: TrainState
 
 
 def build(config: TrainConfig, accelerator: Accelerator) -> Job:
     """Build all parts and print what they are. Raises `UserError` for what does not fit together."""
-    say, seed = accelerator.print, config.run.seed
+    seed = config.run.seed
     hardware = engine.describe_hardware(accelerator)
     set_seed(seed)
     workers = config.data.num_workers
     workers = engine.default_workers(accelerator) if workers is None else workers
-    say(f"{hardware}, {workers} loader processes, seed {seed}")
+    accelerator.print(f"{hardware}, {workers} loader processes, seed {seed}")
     if hint := engine.bf16_hint(accelerator):
-        say(hint)
+        accelerator.print(hint)
 
     splits, skipped = photos.open_photos(config.data, seed, accelerator)
     label_names = splits["train"].features["label"].names
     positive_label = data.resolve_positive(label_names, config.data.positive_label)
-    watched = "validation" if "validation" in splits else "test"
-    if config.run.keep == "best" and watched == "test":
+    eval_split = "validation" if "validation" in splits else "test"
+    if config.run.keep == "best" and eval_split == "test":
         raise UserError("--keep best needs a validation split to choose by: add --val-fraction 0.1")
-    say(f"positive class: {positive_label or 'none, so macro averages'}")
+    accelerator.print(f"positive class: {positive_label or 'none, so macro averages'}")
 
     # The source's body, a new head, and the preprocessing that both will always carry.
     source = model.load_source(config.model.model, config.model.weights, config.data.image_size)
-    say(f"source head: {model.describe_head(source)}")
+    accelerator.print(f"source head: {model.describe_head(source)}")
     data_config = model.source_data_config(source, config.data.preprocessing, config.data.image_size)
     source_head, source_classes = source.get_classifier(), None
     if config.model.head_init == "class-vector":
         source_classes = heads.match_classes(source, label_names, config.model.source_class)
     net = model.replace_head(source, label_names, data_config, config.model.head_init)
     net = net.to(accelerator.device, memory_format=pixels.MEMORY_FORMAT)
-    say(f"target head: {model.describe_head(net)}")
-    say(f"preprocessing: {data_config}")
+    accelerator.print(f"target head: {model.describe_head(net)}")
+    accelerator.print(f"preprocessing: {data_config}")
     if config.model.freeze_body:
         model.freeze_body(net)
 
     # What a body that does not change sees, and the head that is solved on it.
-    solved = config.model.head_init in SOLVED_HEADS
+    solved = config.model.head_init in FITTED_HEADS
     split_features = functools.partial(
         features.of_split, accelerator, net, splits, data_dir=config.data.data_dir, data_config=data_config
     )
-    looked_at = splits if config.model.cache_features else ["train"] if solved else []
-    seen = {split: split_features(split, seed=seed, num_workers=workers) for split in looked_at}
+    feature_splits = splits if config.model.cache_features else ["train"] if solved else []
+    split_features = {
+        split: split_features(split, seed=seed, num_workers=workers) for split in feature_splits
+    }
     if solved:
         views = features.of_crops(
             accelerator,
@@ -98,21 +100,23 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Job:
             seed=seed,
             num_workers=workers,
         )
-        heads.solve(net, config.model.head_init, seen["train"], views, source_head, source_classes)
+        heads.solve(net, config.model.head_init, split_features["train"], views, source_head, source_classes)
 
     # Photos in batches, or what stands for them.
     if config.model.cache_features:
-        trained, sets = net.get_classifier(), seen
+        trainable, eval_sets = net.get_classifier(), split_features
     else:
         as_in_test = data.eval_transform(data_config)
-        sets = {split: data.PhotoDataset(splits[split], as_in_test, seed) for split in {watched, "test"}}
-        trained = net
-    train_loader = _train_loader(config, accelerator, splits["train"], data_config, seen, workers)
+        eval_sets = {
+            split: data.PhotoDataset(splits[split], as_in_test, seed) for split in {eval_split, "test"}
+        }
+        trainable = net
+    train_loader = _train_loader(config, accelerator, splits["train"], data_config, split_features, workers)
     accumulation = config.optim.gradient_accumulation_steps
-    pass_size = engine.pass_size(accelerator, config.optim.batch_size, accumulation)
+    micro_batch_size = engine.micro_batch_size(accelerator, config.optim.batch_size, accumulation)
     eval_loaders = {
-        split: accelerator.prepare(data.eval_loader(sets[split], pass_size, num_workers=workers))
-        for split in {watched, "test"}
+        split: accelerator.prepare(data.eval_loader(eval_sets[split], micro_batch_size, num_workers=workers))
+        for split in {eval_split, "test"}
     }
 
     # Named groups, each with its rate, and a schedule that keeps their ratios.
@@ -124,7 +128,7 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Job:
         weight_decay=config.optim.weight_decay,
         decay_norm_and_bias=config.optim.decay_norm_and_bias,
     )
-    say(optim.describe_groups(groups, net))
+    accelerator.print(optim.describe_groups(groups, net))
     # Not where a gradient scaler (fp16) or pieces of weights (FSDP) come between.
     fused = accelerator.device.type == "cuda" and not accelerator.scaler and not accelerator.is_fsdp2
     optimizer = optim.build_optimizer(groups, config.optim.optimizer, config.optim.momentum, fused=fused)
@@ -136,19 +140,19 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Job:
     if solved:
         progress.epoch = 0
         smoothing = config.optim.label_smoothing
-        totals = engine.totals_of(accelerator, net.get_classifier(), seen["train"], smoothing)
+        totals = engine.totals_of(accelerator, net.get_classifier(), split_features["train"], smoothing)
 
     # The network may be cut into pieces from here on.
-    shell = model.without_weights(net)
+    meta_model = model.to_meta(net)
     if accelerator.is_fsdp2:
         net.cpu()  # its pieces go from there to the GPUs, which need not hold it and its average whole
-    average = optim.build_average(trained, config.optim.ema_decay)
-    resting = model.resting_modules(
-        trained, body=config.model.freeze_body, batch_norm=config.model.batch_norm == "source"
+    average = optim.build_average(trainable, config.optim.ema_decay)
+    eval_modules = model.modules_in_eval_mode(
+        trainable, body=config.model.freeze_body, batch_norm=config.model.batch_norm == "source"
     )
     if config.run.compile:
-        trained.compile()  # in place, so that the weights keep their names
-    trained, optimizer = engine.prepare(accelerator, trained, optimizer, average)
+        trainable.compile()  # in place, so that the weights keep their names
+    trainable, optimizer = engine.prepare(accelerator, trainable, optimizer, average)
     return Job(
         config=config,
         accelerator=accelerator,
@@ -157,16 +161,16 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Job:
         skipped=skipped,
         label_names=label_names,
         positive_label=positive_label,
-        watched=watched,
+        eval_split=eval_split,
         net=net,
-        shell=shell,
+        meta_model=meta_model,
         data_config=data_config,
-        resting=resting,
+        eval_modules=eval_modules,
         train_loader=train_loader,
         eval_loaders=eval_loaders,
-        pass_size=pass_size,
-        report=ClassificationReport(label_names, positive_label),
-        state=State(trained, optimizer, schedule, average, progress, totals),
+        micro_batch_size=micro_batch_size,
+        metric=ClassificationReport(label_names, positive_label),
+        state=TrainState(trainable, optimizer, schedule, average, progress, totals),
     )
 
 
@@ -175,7 +179,7 @@ def _train_loader(
     accelerator: Accelerator,
     rows: datasets.Dataset | data.StreamedSplit,
     data_config: dict,
-    seen: dict[str, data.FeatureDataset],
+    split_features: dict[str, data.FeatureDataset],
     num_workers: int,
 ) -> DataLoader:
     """Return batches of one optimizer step each: of a stream, of photos, or of their features."""
@@ -185,8 +189,12 @@ def _train_loader(
     if config.data.augmentation == "crop":
         transform = data.train_transform(data_config, config.data.train_image_size, config.data.min_crop_area)
     if config.data.streaming:
-        total = functools.partial(engine.total, accelerator)
-        sampler = stream.StreamSampler(rows, batch_size, seed, config.data.shuffle_buffer, total, **share)
+        sum_processes = functools.partial(engine.sum_processes, accelerator)
+        sampler = stream.StreamSampler(
+            rows, batch_size, seed, config.data.shuffle_buffer, sum_processes, **share
+        )
         return stream.train_loader(sampler, transform, num_workers=num_workers)
-    train_set = seen["train"] if config.model.cache_features else data.PhotoDataset(rows, transform, seed)
+    train_set = (
+        split_features["train"] if config.model.cache_features else data.PhotoDataset(rows, transform, seed)
+    )
     return data.train_loader(train_set, batch_size, num_workers=num_workers, **share)

@@ -228,7 +228,7 @@ def freeze_body(net: torch.nn.Module) -> None:
     net.get_classifier().requires_grad_(True)
 
 
-def resting_modules(net: torch.nn.Module, *, body: bool, batch_norm: bool) -> list[torch.nn.Module]:
+def modules_in_eval_mode(net: torch.nn.Module, *, body: bool, batch_norm: bool) -> list[torch.nn.Module]:
     """Return what stays in evaluation mode while training: the whole body, or its BatchNorm layers, or none.
 
     Such BatchNorm layers normalise by the source's statistics and leave them alone; their scales and shifts
@@ -240,7 +240,7 @@ def resting_modules(net: torch.nn.Module, *, body: bool, batch_norm: bool) -> li
     return [module for module in net.modules() if batch_norm and isinstance(module, kinds)]
 
 
-def without_weights(net: torch.nn.Module) -> torch.nn.Module:
+def to_meta(net: torch.nn.Module) -> torch.nn.Module:
     """Return a copy of a network that holds no memory: all that is saved of it besides its weights."""
     tensors = itertools.chain(net.parameters(), net.buffers())
     return copy.deepcopy(net, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})

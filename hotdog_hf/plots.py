@@ -82,7 +82,7 @@ def plot_arm_curves(curves: dict[str, tuple[list[int], list[float]]], path: str 
 
 
 def plot_rates(rates: Sequence[tuple[float, float | None]], path: str | os.PathLike) -> None:
-    """Draw accuracy against the factor on the learning rate; a rate at which the loss broke is a cross."""
+    """Draw accuracy against the factor on the learning rate; a rate at which the loss diverged is a cross."""
     if not rates:
         return
     with _axes((6, 3.6), path) as axes:

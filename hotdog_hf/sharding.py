@@ -86,7 +86,7 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def whole(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
+def full_tensors(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
     """Return named tensors, with pieces joined in the CPU's memory, one after the other.
 
     To be called by every process; those that do not `keep` them get nothing.
@@ -100,7 +100,7 @@ def whole(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, t
     return joined
 
 
-def cut_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def shard_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return this process's piece of a whole tensor, if it has only a piece of `target`."""
     if isinstance(target, DTensor) and value.shape == target.shape:
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
@@ -110,7 +110,7 @@ def cut_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def load_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Load a whole state into a module, whole or in pieces; to be called by every process."""
     own = module.state_dict()
-    module.load_state_dict({name: cut_like(value, own[name]) for name, value in state.items()})
+    module.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()})
 
 
 def local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -26,12 +26,12 @@ from hotdog_hf.data import (
     StepSampler,
     StreamedSplit,
     Transform,
-    by_threads,
+    map_threaded,
     counts,
     read_photo,
     require_every_class,
     step_loader,
-    two_columns,
+    select_image_and_label,
 )
 from hotdog_hf.errors import UserError
 from hotdog_hf.files import replacing_folder
@@ -64,7 +64,7 @@ def open_stream(data_dir: str, progress: bool = True) -> dict[str, datasets.Data
                     " from a folder of photos, scripts/push.py --dataset to the Hub"
                 )
         streams = builder.as_streaming_dataset()
-        streams = {split: two_columns(data_dir, streams[name]) for split, name in names.items()}
+        streams = {split: select_image_and_label(data_dir, streams[name]) for split, name in names.items()}
         opened, label_names = {}, streams["train"].features["label"].names
         for split, stream in streams.items():
             paths = files[names[split]]
@@ -140,7 +140,7 @@ class StreamDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, keys: Sequence) -> list[dict]:
         """Return the items of a batch, as torch's loader asks for them."""
-        return by_threads(self.__getitem__, keys)
+        return map_threaded(self.__getitem__, keys)
 
     def network_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return what the network takes of a batch, as `PhotoDataset` does."""
@@ -157,7 +157,7 @@ class StreamSampler(StepSampler):
     Process r of w reads its own shards where w divides their number, else every w-th photo of all
     (`split_dataset_by_node`); shards are shuffled whole, their photos within `buffer_size`, both by (seed,
     epoch). No photo is left out or comes twice: the processes go on until the last one's photos are used up,
-    one that has none left gets a padding photo, and `total` adds up over them how many each has.
+    one that has none left gets a padding photo, and `sum_processes` adds up over them how many each has.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class StreamSampler(StepSampler):
         batch_size: int,
         seed: int,
         buffer_size: int,
-        total: Callable[[int], int],
+        sum_processes: Callable[[int], int],
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -175,7 +175,7 @@ class StreamSampler(StepSampler):
         super().__init__(len(split), batch_size, seed, rank, world_size)
         shuffled = split.stream.shuffle(seed=seed, buffer_size=buffer_size)
         self.stream, self.name = split_dataset_by_node(shuffled, rank, world_size), split.name
-        self.share, self.total = len(range(rank, batch_size, world_size)), total
+        self.share, self.sum_processes = len(range(rank, batch_size, world_size)), sum_processes
         self.agreed: collections.deque[int] = collections.deque()
 
     def step_sizes(self) -> Iterator[int]:
@@ -188,8 +188,8 @@ class StreamSampler(StepSampler):
         rows = self._rows()
         # What came before a resume is read again, but not decoded: the shuffle buffer fills as it did.
         position = sum(1 for _ in itertools.islice(rows, self.first_step * self.share))
-        seen = self.total(position)
-        while size := self.total(len(batch := list(itertools.islice(rows, self.share)))):
+        seen = self.sum_processes(position)
+        while size := self.sum_processes(len(batch := list(itertools.islice(rows, self.share)))):
             self.agreed.append(size)
             seen += size
             places = range(position, position + max(len(batch), 1))

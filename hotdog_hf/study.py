@@ -15,7 +15,7 @@ from sklearn import metrics as sk
 
 from hotdog_hf import templates
 from hotdog_hf.checkpoint import HARMLESS
-from hotdog_hf.config import RECIPES, TrainConfig, command_of, flatten, plain
+from hotdog_hf.config import RECIPES, TrainConfig, command_of, flatten, to_dict
 from hotdog_hf.data import FeatureDataset
 from hotdog_hf.files import write_json, write_text
 from hotdog_hf.metrics import quality
@@ -63,7 +63,7 @@ COMMON = (
 )
 PICTURES = ("curves.png", "intervals.png", "rates.png")
 # Marks a run whose loss became infinite, which is its result.
-BROKE_FILE = "broke.json"
+DIVERGED_FILE = "broke.json"
 # Share of train that judges the grid and the variants.
 CHOICE_FRACTION = 0.2
 CONFIDENCE = 0.95
@@ -80,11 +80,11 @@ class Run:
 
     def folder(self, study_dir: Path, photos: dict, num_processes: int) -> Path:
         """Return the run's folder: another one for another config, other photos, or other processes."""
-        usual = flatten(plain(TrainConfig()))
+        usual = flatten(to_dict(TrainConfig()))
         # What is as usual is left out, so that a knob that is new in a later version changes no folder.
         knobs = {
             name: value
-            for name, value in flatten(plain(self.config)).items()
+            for name, value in flatten(to_dict(self.config)).items()
             if name not in HARMLESS and value != usual[name]
         }
         facts = json.dumps([knobs, photos, num_processes], sort_keys=True)
@@ -93,14 +93,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """What one finished run left: the rows of its metrics, or none where its loss broke."""
+    """What one finished run left: the rows of its metrics, or none where its loss diverged."""
 
     run: Run
     folder: Path
     rows: list[dict]
 
     @property
-    def broke(self) -> bool:
+    def diverged(self) -> bool:
         """Tell whether the loss became infinite."""
         return not self.rows
 
@@ -176,7 +176,7 @@ def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
 
 def tuned(grid: list[Result], arm: str) -> Run:
     """Return the run on all of train with the rate and decay of the grid's best validation score."""
-    candidates = [result for result in grid if f"grid-{arm}-" in result.run.name and not result.broke]
+    candidates = [result for result in grid if f"grid-{arm}-" in result.run.name and not result.diverged]
     best = max(candidates, key=lambda result: quality(result.validation)).run
     config = override(best.config, val_fraction=0.0)
     return Run("tuned", f"tuned-{arm}", best.seed, config)
@@ -184,7 +184,7 @@ def tuned(grid: list[Result], arm: str) -> Run:
 
 def read_result(run: Run, folder: Path) -> Result | None:
     """Return a finished run's result, or None where it has to be run, or to go on."""
-    if (folder / BROKE_FILE).is_file():
+    if (folder / DIVERGED_FILE).is_file():
         return Result(run, folder, [])
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -193,9 +193,9 @@ def read_result(run: Run, folder: Path) -> Result | None:
     return Result(run, folder, rows) if done else None
 
 
-def write_broke(folder: Path, message: str) -> None:
+def write_diverged(folder: Path, message: str) -> None:
     """Mark a run whose loss became infinite."""
-    write_json(folder / BROKE_FILE, {"error": message})
+    write_json(folder / DIVERGED_FILE, {"error": message})
 
 
 class Clock:
@@ -220,7 +220,7 @@ class Clock:
 
     def learn(self, result: Result) -> None:
         """Take a finished run into account."""
-        if not result.broke:
+        if not result.diverged:
             self.guessed += self.guess(result.run)
             self.taken += result.rows[-1]["seconds"]
 
@@ -244,13 +244,13 @@ def summarise(results: list[Result], arm: str) -> dict | None:
     """Return mean, deviation and interval of an arm's test accuracy, and its difference to fine-tuning."""
     by_seed = {result.run.seed: result for result in results if result.run.experiment == arm}
     reference = {result.run.seed: result for result in results if result.run.experiment == "finetune"}
-    if not by_seed or any(result.broke for result in by_seed.values()):
+    if not by_seed or any(result.diverged for result in by_seed.values()):
         return None
     accuracies = [result.test["accuracy"] for result in by_seed.values()]
     paired = [
         result.test["accuracy"] - reference[seed].test["accuracy"]
         for seed, result in by_seed.items()
-        if arm != "finetune" and seed in reference and not reference[seed].broke
+        if arm != "finetune" and seed in reference and not reference[seed].diverged
     ]
     first = next(iter(by_seed.values()))
     start = first.rows[0]
@@ -284,7 +284,7 @@ def _right(folder: Path) -> np.ndarray:
 
 
 def zero_shot(
-    seen: dict[str, FeatureDataset], source_head: torch.nn.Module, source_class: int, positive: int
+    split_features: dict[str, FeatureDataset], source_head: torch.nn.Module, source_class: int, positive: int
 ) -> dict:
     """Judge "is the source's own class likely" before any training: accuracy and ROC-AUC on test.
 
@@ -294,9 +294,10 @@ def zero_shot(
     with torch.no_grad():
         head = source_head.cpu()
         scores = {
-            split: head(s.features).softmax(dim=1)[:, source_class].numpy() for split, s in seen.items()
+            split: head(s.features).softmax(dim=1)[:, source_class].numpy()
+            for split, s in split_features.items()
         }
-    truth = {split: s.labels == positive for split, s in seen.items()}
+    truth = {split: s.labels == positive for split, s in split_features.items()}
     candidates = np.unique(scores["train"])
     right = [((scores["train"] >= candidate) == truth["train"]).mean() for candidate in candidates]
     threshold = float(candidates[int(np.argmax(right))])
@@ -400,8 +401,8 @@ def _factor(result: Result) -> float:
 
 
 def _rates_answer(rates: list[Result]) -> str:
-    whole = sorted((result for result in rates if not result.broke), key=_factor)
-    broken = sorted(_factor(result) for result in rates if result.broke)
+    whole = sorted((result for result in rates if not result.diverged), key=_factor)
+    broken = sorted(_factor(result) for result in rates if result.diverged)
     breaks = [f"from {broken[0]:g} times the book's rate on the loss is no number any more"] if broken else []
     if not whole:
         return f"{breaks[0].capitalize()}."
@@ -419,9 +420,9 @@ def _rates_answer(rates: list[Result]) -> str:
 
 
 def rates_table(results: list[Result]) -> list[tuple[float, float | None]]:
-    """Return the factors on the chapter's rate, rising, with the test accuracy, or None where it broke."""
+    """Return the factors on the chapter's rate, rising, with the test accuracy, or None where it diverged."""
     pairs = [
-        (_factor(result), None if result.broke else result.test["accuracy"])
+        (_factor(result), None if result.diverged else result.test["accuracy"])
         for result in results
         if result.run.experiment == "rates"
     ]
@@ -434,7 +435,7 @@ def choices_table(results: list[Result], experiment: str) -> list[dict]:
     table = []
     for name in names:
         same = [result for result in results if result.run.name == name]
-        scores = [] if any(result.broke for result in same) else [result.validation for result in same]
+        scores = [] if any(result.diverged for result in same) else [result.validation for result in same]
         table.append(
             {
                 "name": name.removeprefix(f"{experiment}-").removeprefix("variant-"),
@@ -460,7 +461,7 @@ def write_results(path: Path, results: list[Result]) -> None:
             last = result.rows[-1] if result.rows else {}
             run = result.run
             numbers = [last.get(name, "") for name in columns]
-            place = [run.experiment, run.name, run.seed, result.folder.name, result.broke]
+            place = [run.experiment, run.name, run.seed, result.folder.name, result.diverged]
             writer.writerow([*place, *numbers, command_of(run.config)])
 
 
@@ -473,7 +474,7 @@ def curves(results: list[Result]) -> dict[str, tuple[list[int], list[float]]]:
     """Return each arm's epochs and its accuracies on the split that judges them, means over the seeds."""
     drawn = {}
     for arm in ARMS:
-        rows = [r.rows[:-1] for r in results if r.run.experiment == arm and not r.broke]
+        rows = [r.rows[:-1] for r in results if r.run.experiment == arm and not r.diverged]
         if rows:
             split = "validation" if "validation_accuracy" in rows[0][0] else "test"
             values = np.mean([[row[f"{split}_accuracy"] for row in own] for own in rows], axis=0)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from hotdog_hf import card, checkpoint, data, engine, files, hub, images, metrics, model, plots, run, sharding
-from hotdog_hf.config import TrainConfig, flatten, plain
+from hotdog_hf.config import TrainConfig, flatten, to_dict
 from hotdog_hf.errors import UserError, message_of
 from hotdog_hf.job import Job, build
 
@@ -18,23 +18,23 @@ from hotdog_hf.job import Job, build
 def train(config: TrainConfig, accelerator: Accelerator, stop: run.StopSignal) -> Path | None:
     """Load photos and model, train, evaluate, save; return the run's folder, or None where it was stopped."""
     started, job = time.perf_counter(), build(config, accelerator)
-    with contextlib.ExitStack() as held:
-        run_dir = enter(job, held)
+    with contextlib.ExitStack() as stack:
+        run_dir = open_run(job, stack)
         if job.state.progress.epoch == 0:
             job.state.progress.seconds = time.perf_counter() - started
-        judged = None
+        evaluation = None
         # Each epoch is judged; of a solved head also the start, as epoch 0.
         for epoch in range(job.state.progress.epoch, config.optim.epochs + 1):
             if epoch > 0 and not train_epoch(job, run_dir, epoch, stop):
                 return None
-            judged = judge_epoch(job, run_dir, epoch)
-        if judged is None or job.watched != "test":
-            judged = judge_kept(job, run_dir)
-        finish(job, run_dir, judged, started)
+            evaluation = evaluate_epoch(job, run_dir, epoch)
+        if evaluation is None or job.eval_split != "test":
+            evaluation = evaluate_saved(job, run_dir)
+        finish(job, run_dir, evaluation, started)
     return run_dir
 
 
-class Judged(NamedTuple):
+class Evaluation(NamedTuple):
     """What a network says of a split: the scores, the probabilities [N, classes], and the labels [N]."""
 
     scores: dict
@@ -42,35 +42,35 @@ class Judged(NamedTuple):
     labels: torch.Tensor
 
 
-def enter(job: Job, held: contextlib.ExitStack) -> Path:
+def open_run(job: Job, stack: contextlib.ExitStack) -> Path:
     """Open the run's folder, locked as long as `held` is open, and go on from a checkpoint where asked.
 
     Done last of all that can be refused, so that a refused start leaves nothing behind.
     """
     config, accelerator = job.config, job.accelerator
     identity = {
-        "config": plain(config),
+        "config": to_dict(config),
         "num_processes": accelerator.num_processes,
         "precision": engine.precision_of(accelerator),
         "photos": data.manifest(job.splits, config.data.data_dir),
     }
-    found = engine.on_main(accelerator, lambda: _checkpoint_to_go_on_from(config, identity))
+    found = engine.run_on_main(accelerator, lambda: _checkpoint_to_go_on_from(config, identity))
     run_dir = checkpoint.run_dir_of(found) if found else config.run.output_dir
     run_dir = run_dir or run.default_run_dir(config.recipe)
 
     def open_folder() -> Path:
         folder, lock = run.open_run_dir(run_dir, resume=config.run.resume is not None)
-        held.callback(lock.release)
+        stack.callback(lock.release)
         with files.writing_to(folder):
             run.write_identity(folder, identity, job.skipped)
             shown = job.splits["test" if config.data.streaming else "train"]
-            plots.plot_samples(*data.showcase(shown, job.positive_label), folder / "samples.png")
+            plots.plot_samples(*data.sample_photos(shown, job.positive_label), folder / "samples.png")
         return folder
 
-    run_dir = engine.on_main(accelerator, open_folder)
+    run_dir = engine.run_on_main(accelerator, open_folder)
     engine.start_tracker(accelerator, run_dir, flatten(identity["config"]))
     if found:
-        content = engine.on_main(accelerator, lambda: checkpoint.read(found))
+        content = engine.run_on_main(accelerator, lambda: checkpoint.read(found))
         checkpoint.load(content, accelerator, job.state)
         progress = job.state.progress
         accelerator.print(f"resumed from {found}: epoch {progress.epoch}, step {progress.step}")
@@ -93,7 +93,7 @@ def train_epoch(job: Job, run_dir: Path, epoch: int, stop: run.StopSignal) -> bo
     if progress.step == 0:
         progress.learning_rate = state.optimizer.param_groups[-1]["lr"]
     tick, every = time.perf_counter(), config.run.checkpoint_every
-    with telling_where(job, run_dir):
+    with add_progress_to_errors(job, run_dir):
         for waited in engine.train_steps(
             accelerator,
             state.model,
@@ -105,7 +105,7 @@ def train_epoch(job: Job, run_dir: Path, epoch: int, stop: run.StopSignal) -> bo
             label_smoothing=config.optim.label_smoothing,
             accumulation_steps=config.optim.gradient_accumulation_steps,
             average=state.average,
-            resting=job.resting,
+            eval_modules=job.eval_modules,
             title=f"epoch {epoch}/{config.optim.epochs}",
         ):
             progress.step += 1
@@ -113,7 +113,7 @@ def train_epoch(job: Job, run_dir: Path, epoch: int, stop: run.StopSignal) -> bo
             before, tick = tick, time.perf_counter()
             progress.seconds += tick - before
             progress.waited += waited
-            stopped = engine.agree(accelerator, bool(stop.number))
+            stopped = engine.any_process(accelerator, bool(stop.number))
             if stopped or (every != "epoch" and progress.total_steps % every == 0):
                 save_checkpoint(job, run_dir)
             if stopped:
@@ -123,23 +123,23 @@ def train_epoch(job: Job, run_dir: Path, epoch: int, stop: run.StopSignal) -> bo
     return True
 
 
-def judge_epoch(job: Job, run_dir: Path, epoch: int) -> Judged:
+def evaluate_epoch(job: Job, run_dir: Path, epoch: int) -> Evaluation:
     """Judge what the epoch has made of the weights, note it, keep the model if it is to be kept, and save."""
     config, accelerator, state = job.config, job.accelerator, job.state
-    watched, progress = job.watched, state.progress
+    eval_split, progress = job.eval_split, state.progress
     row = {"epoch": epoch, "learning_rate": progress.learning_rate}
     row |= engine.epoch_row(accelerator, state.totals, progress.seconds)
     network = state.average.module if state.average and epoch > 0 else state.model
     tick = time.perf_counter()
-    judged = evaluate(job, run_dir, network, watched)
+    evaluation = evaluate(job, run_dir, network, eval_split)
     row |= {"loading_seconds": progress.waited, "evaluating_seconds": time.perf_counter() - tick}
-    row |= {f"{watched}_{name}": value for name, value in judged.scores.items()}
-    accelerator.print(run.describe_epoch(row, watched))
+    row |= {f"{eval_split}_{name}": value for name, value in evaluation.scores.items()}
+    accelerator.print(run.describe_epoch(row, eval_split))
     engine.log(accelerator, run.numbers(row), step=epoch)
 
     solved = progress.rows and progress.rows[0]["epoch"] == 0
-    start = run.scores_of(progress.rows[0], watched) if solved else None
-    quality = metrics.quality(judged.scores, start)
+    start = run.scores_of(progress.rows[0], eval_split) if solved else None
+    quality = metrics.quality(evaluation.scores, start)
     keeps = quality > progress.best if config.run.keep == "best" else epoch == config.optim.epochs
     state.progress = checkpoint.Progress(
         epoch=epoch + 1,
@@ -149,48 +149,48 @@ def judge_epoch(job: Job, run_dir: Path, epoch: int) -> Judged:
     )
     state.totals.zero_()
     kept = job.net if config.model.cache_features else accelerator.unwrap_model(network)
-    weights = sharding.whole(kept.state_dict(), keep=accelerator.is_main_process) if keeps else None
-    with telling_where(job, run_dir):
+    weights = sharding.full_tensors(kept.state_dict(), keep=accelerator.is_main_process) if keeps else None
+    with add_progress_to_errors(job, run_dir):
         if accelerator.is_main_process:
             with files.writing_to(run_dir):
                 run.write_metrics(run_dir, state.progress.rows)
-                plots.plot_curves(state.progress.rows, watched, run_dir / "curves.png")
+                plots.plot_curves(state.progress.rows, eval_split, run_dir / "curves.png")
                 if keeps:
-                    hub.save_model(job.shell, run_dir / "model", config.hub.license, weights)
+                    hub.save_model(job.meta_model, run_dir / "model", config.hub.license, weights)
         save_checkpoint(job, run_dir)
-    return judged
+    return evaluation
 
 
-def judge_kept(job: Job, run_dir: Path) -> Judged:
+def evaluate_saved(job: Job, run_dir: Path) -> Evaluation:
     """Judge the model that was kept on the test split, which no epoch was judged by."""
 
     def kept_state() -> dict[str, torch.Tensor]:
         kept = hub.load_model(run_dir / "model")
         return (kept.get_classifier() if job.config.model.cache_features else kept).state_dict()
 
-    kept = engine.on_main(job.accelerator, kept_state)
+    kept = engine.run_on_main(job.accelerator, kept_state)
     sharding.load_state(job.accelerator.unwrap_model(job.state.model), kept)
     return evaluate(job, run_dir, job.state.model, "test")
 
 
-def finish(job: Job, run_dir: Path, judged: Judged, started: float) -> None:
+def finish(job: Job, run_dir: Path, evaluation: Evaluation, started: float) -> None:
     """Write the final numbers, the predictions and the model card, and say where all of it is."""
     config, accelerator = job.config, job.accelerator
-    final = run.final_row(job.state.progress.rows, judged.scores, seconds=time.perf_counter() - started)
+    final = run.final_row(job.state.progress.rows, evaluation.scores, seconds=time.perf_counter() - started)
     if not config.model.cache_features:
         size = config.data.train_image_size or job.data_config["input_size"][-1]
-        limit, _ = engine.measure_speed(accelerator, job.net, size, min(job.pass_size, 32))
+        limit, _ = engine.measure_speed(accelerator, job.net, size, min(job.micro_batch_size, 32))
         final["share_of_limit"] = final["examples_per_second"] * limit
     if accelerator.is_main_process:
         with files.writing_to(run_dir):
             run.write_metrics(run_dir, [*job.state.progress.rows, final])
             names = data.names_of(job.splits["test"], config.data.data_dir)
-            answers = judged.probabilities, judged.labels, job.label_names
+            answers = evaluation.probabilities, evaluation.labels, job.label_names
             run.write_predictions(run_dir / "predictions.csv", names, *answers)
             card.write_card(
                 run_dir,
                 name=(config.hub.push_to_hub or run_dir.name).rpartition("/")[2],
-                config=plain(config),
+                config=to_dict(config),
                 counts=data.counts(job.splits),
                 scores=final,
                 positive_label=job.positive_label,
@@ -201,12 +201,12 @@ def finish(job: Job, run_dir: Path, judged: Judged, started: float) -> None:
     accelerator.print(run.describe_final(final, run_dir, job.hardware))
 
 
-def evaluate(job: Job, run_dir: Path, network: torch.nn.Module, split: str) -> Judged:
+def evaluate(job: Job, run_dir: Path, network: torch.nn.Module, split: str) -> Evaluation:
     """Judge a network on a split, on every process with the first one's BatchNorm statistics."""
-    engine.share_state(network)
-    with telling_where(job, run_dir):
+    engine.broadcast_state(network)
+    with add_progress_to_errors(job, run_dir):
         probabilities, labels = engine.predict(job.accelerator, network, job.eval_loaders[split], title=split)
-    return Judged(job.report.compute(predictions=probabilities, references=labels), probabilities, labels)
+    return Evaluation(job.metric.compute(predictions=probabilities, references=labels), probabilities, labels)
 
 
 def save_checkpoint(job: Job, run_dir: Path) -> None:
@@ -215,7 +215,7 @@ def save_checkpoint(job: Job, run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def telling_where(job: Job, run_dir: Path) -> Iterator[None]:
+def add_progress_to_errors(job: Job, run_dir: Path) -> Iterator[None]:
     """Add to a `UserError` how far the run had come, and the checkpoint that it can go on from.
 
     It may be a photo that can't be read any more, a loss that isn't finite, or a full disk.

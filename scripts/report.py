@@ -80,12 +80,14 @@ def main(config: ReportConfig) -> None:
     positive_label = data.resolve_positive(label_names, config.positive_label)
 
     # Predictions. A threshold is chosen on validation alone.
-    judged = [config.split]
+    eval_splits = [config.split]
     if positive_label and "validation" in splits and config.split != "validation":
-        judged.append("validation")
-    sets = {split: data.PhotoDataset(splits[split], data.eval_transform(data_config)) for split in judged}
+        eval_splits.append("validation")
+    eval_sets = {
+        split: data.PhotoDataset(splits[split], data.eval_transform(data_config)) for split in eval_splits
+    }
     net, predicted = accelerator.prepare(net.to(memory_format=MEMORY_FORMAT)), {}
-    for split, photo_set in sets.items():
+    for split, photo_set in eval_sets.items():
         loader = data.eval_loader(
             photo_set, config.batch_size, num_workers=engine.default_workers(accelerator)
         )
@@ -95,7 +97,7 @@ def main(config: ReportConfig) -> None:
 
     if accelerator.is_main_process:
         # Looked at one by one, so by the bare network.
-        bare, photo_set, pictures = accelerator.unwrap_model(net), sets[config.split], {}
+        bare, photo_set, pictures = accelerator.unwrap_model(net), eval_sets[config.split], {}
         for name, indices in report.galleries(probabilities, labels).items():
             pictures[name] = []
             for index in tqdm(indices, desc=name, unit="img", leave=False, disable=None):

@@ -77,7 +77,7 @@ def main(config: ReproduceConfig) -> None:
 
     study_dir = Path(config.output_dir)
     accelerator = engine.build_accelerator("auto", num_threads=config.num_threads)
-    say, is_main, stop = accelerator.print, accelerator.is_main_process, StopSignal()
+    is_main, stop = accelerator.is_main_process, StopSignal()
     with files.writing_to(study_dir):
         study_dir.mkdir(parents=True, exist_ok=True)
 
@@ -91,7 +91,7 @@ def main(config: ReproduceConfig) -> None:
         try:
             load_source(config, splits)
         except UserError as error:
-            say(f"class-vector is left out: {error}")
+            accelerator.print(f"class-vector is left out: {error}")
             experiments.remove("class-vector")
     try:
         queue = [run for name in experiments for run in study.runs_of(name, config.seeds, common)]
@@ -109,7 +109,7 @@ def main(config: ReproduceConfig) -> None:
         accelerator.wait_for_everyone()
         result = study.read_result(run, folder)
         if result is None:
-            say(f"\n== {run.name}, seed {run.seed}; {clock.describe([run, *queue])}")
+            accelerator.print(f"\n== {run.name}, seed {run.seed}; {clock.describe([run, *queue])}")
             try:
                 train(study.override(run.config, output_dir=str(folder), resume="auto"), accelerator, stop)
             except UserError as error:
@@ -117,9 +117,9 @@ def main(config: ReproduceConfig) -> None:
                 if not isinstance(error.__cause__, engine.NonFiniteLossError):
                     failure = error
                     break
-                say(str(error))
+                accelerator.print(str(error))
                 if is_main:
-                    study.write_broke(folder, str(error))
+                    study.write_diverged(folder, str(error))
             engine.release(accelerator)
             accelerator.wait_for_everyone()
             if (result := study.read_result(run, folder)) is None:
@@ -179,11 +179,11 @@ def ask_source(config: ReproduceConfig, accelerator: Accelerator, splits: Datase
     positive = label_names.index(data.resolve_positive(label_names, config.positive_label) or label_names[0])
     if classes[positive] is None:
         return None
-    seen = {
+    split_features = {
         split: features.of_split(accelerator, source, splits, split, config.data_dir, data_config)
         for split in ("train", "test")
     }
-    return study.zero_shot(seen, source.get_classifier(), classes[positive], positive)
+    return study.zero_shot(split_features, source.get_classifier(), classes[positive], positive)
 
 
 if __name__ == "__main__":

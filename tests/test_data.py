@@ -143,7 +143,7 @@ def test_the_train_transform_is_the_chapters():
     )
     ours = data.train_transform(CHAPTER_CONFIG)
     for seed in range(5):
-        torch.manual_seed(data.mix(7, seed))
+        torch.manual_seed(data.derive_seed(7, seed))
         expected = chapter(image)
         pixels = ours.pixels(image, 7, seed)
         assert pixels.dtype == torch.uint8
@@ -227,7 +227,7 @@ def test_the_padding_photo_is_left_out_of_the_loss(dataset):
 
 
 def test_the_showcase_is_the_chapters(folder):
-    first, last, titles = data.showcase(data.load_photos(folder)["train"], "b", count=2)
+    first, last, titles = data.sample_photos(data.load_photos(folder)["train"], "b", count=2)
     assert titles == ("b", "a")
     assert [image.tobytes() for image in first] == [
         images.decode_image(folder / "train/b" / name).tobytes() for name in ("000.png", "001.png")

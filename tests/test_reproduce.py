@@ -137,14 +137,14 @@ def test_a_stopped_study_says_so_and_goes_on(command, tmp_path):
 def test_a_rate_at_which_the_loss_breaks_is_an_answer(tmp_path):
     folder = tmp_path / "rate"
     folder.mkdir()
-    study.write_broke(folder, "the loss became nan")
+    study.write_diverged(folder, "the loss became nan")
     runs = study.runs_of("rates", 1, {})
-    broke = study.read_result(runs[-1], folder)
-    assert broke.broke
+    diverged = study.read_result(runs[-1], folder)
+    assert diverged.diverged
     accuracies = (0.8, 0.85, 0.9, 0.92, 0.7, 0.6)
     whole = [fake(run, accuracy) for run, accuracy in zip(runs[:-1], accuracies, strict=True)]
-    assert study.rates_table([*whole, broke])[-1] == (100.0, None)
-    [(_, answer)] = study.answers({}, [*whole, broke], None)
+    assert study.rates_table([*whole, diverged])[-1] == (100.0, None)
+    [(_, answer)] = study.answers({}, [*whole, diverged], None)
     assert (
         "sweep: 3 times the book's gives 92.0%. Beyond it, 10 times the book's gives 70.0%, 30 times"
         in answer
@@ -154,7 +154,7 @@ def test_a_rate_at_which_the_loss_breaks_is_an_answer(tmp_path):
     )
     [(_, answer)] = study.answers({}, whole[:3], None)
     assert "the book's own rate gives 90.0%. No higher rate was tried." in answer
-    [(_, answer)] = study.answers({}, [broke], None)
+    [(_, answer)] = study.answers({}, [diverged], None)
     assert answer == "From 100 times the book's rate on the loss is no number any more."
 
 

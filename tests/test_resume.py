@@ -470,7 +470,7 @@ def test_the_random_state_comes_back(tmp_path):
     optimizer.step()
     schedule.step()
     progress = checkpoint.Progress(total_steps=1)
-    state = checkpoint.State(net, optimizer, schedule, None, progress, torch.ones(3))
+    state = checkpoint.TrainState(net, optimizer, schedule, None, progress, torch.ones(3))
     folder = checkpoint.save(tmp_path, accelerator, state, keep=1)
     state.progress, state.totals = checkpoint.Progress(), torch.zeros(3)
     expected = random.random(), np.random.rand(), torch.rand(1), optimizer.param_groups[0]["lr"]

@@ -125,7 +125,7 @@ def test_workers_change_nothing(shards):
 
     def batches(num_workers):
         split = stream.open_stream(str(shards), progress=False)["train"]
-        sampler = stream.StreamSampler(split, 8, seed=3, buffer_size=6, total=int)
+        sampler = stream.StreamSampler(split, 8, seed=3, buffer_size=6, sum_processes=int)
         loader = stream.train_loader(sampler, transform, num_workers=num_workers)
         loader.batch_sampler.seek(2)
         return list(loader)
