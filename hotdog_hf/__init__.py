@@ -1,13 +1,25 @@
 """Fine-tune a pretrained image classifier on a folder of photos with the Hugging Face ecosystem."""
 
+import importlib
+
 __version__ = "0.1.0"
-__all__ = ["load_model"]
+# The public names and their modules, imported when first used: a script's --help must not wait for torch.
+_HOMES = {
+    "load_predictor": "hotdog_hf.model.predictor",
+    "load_model": "hotdog_hf.model.saved",
+    "decode_image": "hotdog_hf.data.images",
+    "eval_transform": "hotdog_hf.data.transforms",
+    "data_config_of": "hotdog_hf.model.network",
+    "label_names_of": "hotdog_hf.model.network",
+}
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:
-    # Imported when first used: a script's --help must not wait for torch.
-    if name == "load_model":
-        from hotdog_hf.hub import load_model
-
-        return load_model
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

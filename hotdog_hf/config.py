@@ -14,6 +14,14 @@ from typing import Literal
 
 import tyro
 
+# Knobs that change neither weights nor numbers: a run may go on with others.
+HARMLESS = frozenset(
+    "data_dir num_workers output_dir resume resume_anyway checkpoint_every keep_checkpoints tracker"
+    " push_to_hub private license".split()
+)
+# Knobs that a run may go on with if --resume-anyway says so: what is done stays right.
+CHANGEABLE = frozenset(["epochs", "num_threads"])
+
 # Values of --head-init that need the training photos' features, and are worth something before training.
 FITTED_HEADS = ("probe", "class-vector")
 DEFAULT_DATA_DIR = "data/hotdog"
@@ -27,7 +35,7 @@ def _require(holds: bool, flag: str, value: object, rule: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Knobs of `hotdog_hf.data`."""
+    """The photos, and how they reach the network."""
 
     # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*, or hf://datasets/user/name.
     # The default is the chapter's hot-dog data, downloaded when absent; data/sample is drawn when absent.
@@ -92,7 +100,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Knobs of `hotdog_hf.model`."""
+    """The network, and where its weights come from."""
 
     # Any timm model name. "resnet18" means the chapter's resnet18.tv_in1k (torchvision's weights).
     model: str = "resnet18"
@@ -136,7 +144,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Knobs of `hotdog_hf.optim` and the loop."""
+    """How the weights are trained."""
 
     # Passes over the training photos. 0 keeps a head as --head-init probe or class-vector made it.
     epochs: int = 5
@@ -207,7 +215,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Knobs of the run as a whole."""
+    """The run itself: randomness, precision, outputs."""
 
     # Where everything goes. Unset: runs/<recipe>-<time>.
     output_dir: str | None = None
@@ -254,7 +262,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class HubConfig:
-    """Knobs of `hotdog_hf.hub` and the model card."""
+    """Upload to the Hub, and the model card."""
 
     # Upload the trained model as user/name; checked before training starts.
     push_to_hub: str | None = None

@@ -15,7 +15,7 @@ def message_of(error: UserError) -> str:
     """Return the message in one line; a loader worker's error arrives with its traceback above it."""
     text = str(error)
     if "Traceback (most recent call last)" in text:
-        text = re.sub(r"^hotdog_hf\.\w+\.\w+: ", "", text.strip().splitlines()[-1])
+        text = re.sub(r"^hotdog_hf(\.\w+)+: ", "", text.strip().splitlines()[-1])
     return printable(text)
 
 

@@ -1,19 +1,13 @@
-"""The saved model as one folder that every tool loads, and its way to and from the Hub."""
+"""The network: files from the Hub, uploads to it, and its errors in plain words."""
 
 import contextlib
-import copy
-import json
 import os
-import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import huggingface_hub
-import safetensors
-import timm
-import torch
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -24,85 +18,8 @@ from huggingface_hub.errors import (
 )
 
 from hotdog_hf.errors import UserError
-from hotdog_hf.files import replacing_folder
 
-MODEL_FILES = ("config.json", "model.safetensors")
-HUB_PREFIX = "hf-hub:"
 PROBE_SECONDS = 3
-# What a source model says of itself and its weights: no longer true of ours.
-SOURCE_KEYS = frozenset(
-    "url file hf_hub_id hf_hub_filename source state_dict tag license origin_url paper_name paper_ids notes"
-    " description label_offset label_names test_input_size test_crop_pct test_pool_size".split()
-)
-
-
-def save_model(
-    model: torch.nn.Module,
-    folder: str | os.PathLike,
-    license: str = "apache-2.0",
-    weights: Mapping[str, torch.Tensor] | None = None,
-) -> Path:
-    """Write `model.safetensors` and `config.json` (architecture, class names, preprocessing) as `folder`.
-
-    `weights` are the model's own unless given (whole, where it holds only pieces of them). The folder is
-    written beside its place and moved there whole, replacing an earlier one.
-    """
-    folder = Path(folder)
-    # safetensors takes plain memory only, not channels_last.
-    weights = {name: value.cpu().contiguous() for name, value in (weights or model.state_dict()).items()}
-    plain = copy.copy(model)  # shares all but what is set here, so that the model in training stays as it is
-    plain.state_dict = lambda: weights
-    cfg = plain.pretrained_cfg
-    ours = {"tag": "hotdog_hf", "license": license}
-    plain.pretrained_cfg = {key: value for key, value in cfg.items() if key not in SOURCE_KEYS} | ours
-    with replacing_folder(folder) as part:
-        timm.models.save_for_hf(
-            plain,
-            str(part),
-            model_config={"label_names": cfg["label_names"]},
-            safe_serialization=True,
-        )
-        _drop_doubled_num_classes(part / "config.json")
-    return folder
-
-
-def _drop_doubled_num_classes(config_file: Path) -> None:
-    """Keep `num_classes` at the root only: in `model_args` too (timm 1.0.31) it breaks transformers 5."""
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config.get("model_args", {}).pop("num_classes", None)
-    config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def is_saved_model(name: str) -> bool:
-    """Tell whether `name` means a saved model: an existing folder, or `hf-hub:user/name`."""
-    return name.startswith(HUB_PREFIX) or Path(name).is_dir()
-
-
-def load_model(name: str | os.PathLike) -> torch.nn.Module:
-    """Load a saved folder or a Hub model, ready for evaluation, carrying its class names and preprocessing.
-
-    `name` is a folder, or `user/name` or `hf-hub:user/name` with an optional `@revision`. Raises `UserError`
-    where there is no such model.
-    """
-    folder = Path(name)
-    if not folder.exists() and re.fullmatch(rf"({HUB_PREFIX})?[^/:]+/[^/]+", str(name)):
-        repo, _, revision = str(name).removeprefix(HUB_PREFIX).partition("@")
-        with hub_errors(repo):
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    repo, revision=revision or None, allow_patterns=list(MODEL_FILES)
-                )
-            )
-    for file in MODEL_FILES:
-        if not (folder / file).is_file():
-            raise UserError(f"{name} is no saved model: it has no {file}")
-    try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot load the model in {name}: {str(error).splitlines()[0]}") from error
-    if not model.pretrained_cfg.get("label_names"):
-        raise UserError(f"{name}: config.json names no classes (label_names)")
-    return model
 
 
 def fetch_file(repo: str, names: Sequence[str]) -> Path:

@@ -5,6 +5,16 @@ import evaluate
 import numpy as np
 from sklearn import metrics as sk
 
+# Names of the metrics as the Hub lists them, and as people read them.
+CARD_METRICS = {
+    "accuracy": "Accuracy",
+    "precision": "Precision",
+    "recall": "Recall",
+    "f1": "F1",
+    "roc_auc": "ROC-AUC",
+    "average_precision": "Average precision",
+}
+
 
 class ClassificationReport(evaluate.Metric):
     """Accuracy and friends from probabilities, for two classes or more.

@@ -78,15 +78,19 @@ def main(config: BenchmarkConfig) -> None:
 
     from tqdm import tqdm
 
-    from hotdog_hf import bench, bench_report, files
+    from hotdog_hf import files
+    from hotdog_hf.bench.page import QUIET_LOAD, write_report
+    from hotdog_hf.bench.runner import Results, measure, plan
+    from hotdog_hf.bench.sections import SECTIONS
+    from hotdog_hf.bench.setup import commit_of, prepare
 
     folder, root = Path(config.output_dir), Path(os.path.relpath(Path(__file__).parent.parent))
     given = dataclasses.asdict(config)
     chosen = given.pop("only")
-    only = [name for name in bench.SECTIONS if name in chosen]
+    only = [name for name in SECTIONS if name in chosen]
     repeats, _ = given.pop("repeats"), given.pop("output_dir")
     load = os.getloadavg()[0]
-    if load > bench_report.QUIET_LOAD:
+    if load > QUIET_LOAD:
         print(f"warning: the load average is {load:.2f}: other work on this machine spoils the numbers")
     with files.writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,27 +99,27 @@ def main(config: BenchmarkConfig) -> None:
     failed, stopped = [], False
     with scratch as work:
         print("preparing photos, weights and a saved model", flush=True)
-        setup, machine = bench.prepare(Path(work), root, **given)
+        setup, machine = prepare(Path(work), root, **given)
         facts = given | {"machine": machine, "train": setup.train, "test": setup.test}
-        results = bench.Results(folder / "results.json", facts | {"image_size": setup.image_size}, only)
-        by = {"by": shlex.join(["python", *sys.argv]), "commit": bench.commit_of(root), "load": load}
-        plan = bench.plan(setup, only, repeats)
+        results = Results(folder / "results.json", facts | {"image_size": setup.image_size}, only)
+        by = {"by": shlex.join(["python", *sys.argv]), "commit": commit_of(root), "load": load}
+        plan = plan(setup, only, repeats)
         try:
             bar = tqdm(total=sum(map(len, plan.values())), unit="measurement", disable=None)
             for section, turns in plan.items():
                 for variant, number in turns:
                     bar.write(f"{section} {number + 1}/{repeats}: {variant.name}")
-                    numbers = bench.measure(setup, variant, number)
+                    numbers = measure(setup, variant, number)
                     at = datetime.datetime.now().isoformat(timespec="seconds")
                     results.add(variant, number, by | {"at": at}, numbers)
                     bar.update()
                     if "error" in numbers:
                         failed.append(f"{section}, {variant.name}: {numbers['error']}")
                         bar.write(f"failed: {failed[-1]}")
-                bench_report.write_report(folder, results.content)
+                write_report(folder, results.content)
         except KeyboardInterrupt:
             stopped = True
-    print(bench_report.write_report(folder, results.content))
+    print(write_report(folder, results.content))
     print(f"report: {folder / 'README.md'}")
     if failed:
         raise UserError(f"{len(failed)} measurements failed, first {failed[0]}")

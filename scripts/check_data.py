@@ -31,7 +31,7 @@ def main(config: CheckConfig) -> int:
     # Imported here so that --help and a mistyped flag answer before Pillow and SciPy are loaded.
     import sys
 
-    from hotdog_hf import check
+    from hotdog_hf.data import check
 
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal's encoding lacks
     cache_file = check.default_cache_file() if config.cache else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import tyro
 
 from hotdog_hf.config import DEFAULT_DATA_DIR
-from hotdog_hf.download import HOTDOG_SHA1, HOTDOG_URL, download_photos
+from hotdog_hf.data.download import HOTDOG_SHA1, HOTDOG_URL, download_photos
 from hotdog_hf.errors import exit_on_user_error
 
 

@@ -35,7 +35,7 @@ class ExportConfig:
 def main(config: ExportConfig) -> None:
     """Export, check, write."""
     # Imported here so that --help and a mistyped flag answer before torch is loaded.
-    from hotdog_hf.export import export_onnx
+    from hotdog_hf.model.export import export_onnx
 
     difference = export_onnx(config.model, config.out, config.opset)
     print(f"{config.out}: ONNX opset {config.opset}, probabilities within {difference:.0e} of PyTorch's")

@@ -51,10 +51,16 @@ def main(config: PredictConfig) -> int:
 
     from tqdm import tqdm
 
-    from hotdog_hf import inference
+    from hotdog_hf.model.predictor import (
+        decision_rule,
+        format_header,
+        format_prediction,
+        load_predictor,
+        predict_paths,
+    )
 
-    predictor = inference.load_predictor(config.model, config.precision)
-    choose = inference.decision_rule(predictor.label_names, config.positive_label, config.threshold)
+    predictor = load_predictor(config.model, config.precision)
+    choose = decision_rule(predictor.label_names, config.positive_label, config.threshold)
     # Ctrl-C and `| head` end it at once, without a word.
     for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
@@ -62,16 +68,16 @@ def main(config: PredictConfig) -> int:
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
     exit_code = 0
-    if header := inference.format_header(config.format, predictor.label_names):
+    if header := format_header(config.format, predictor.label_names):
         print(header, flush=True)
-    results = inference.predict_paths(predictor, config.paths, choose, config.batch_size)
+    results = predict_paths(predictor, config.paths, choose, config.batch_size)
     # None lets tqdm decide: a bar on a terminal, unless the predictions themselves appear there.
     for result in tqdm(results, unit="img", leave=False, disable=sys.stdout.isatty() or None):
         if isinstance(result, UserError):
             tqdm.write(f"error: {message_of(result)}", file=sys.stderr)
             exit_code = 1
         else:
-            print(inference.format_prediction(config.format, result), flush=True)
+            print(format_prediction(config.format, result), flush=True)
     return exit_code
 
 

@@ -35,19 +35,21 @@ def main(config: PushConfig) -> None:
     if len(config.names) != (1 if config.dataset else 2):
         raise UserError("give a model folder and a Hub name: MODEL user/name, or --dataset DIR user/name")
 
-    from hotdog_hf import data, hub  # here, so that --help need not wait for torch
+    from hotdog_hf import hub
+    from hotdog_hf.data.splits import counts, describe, load_photos, push_photos
+    from hotdog_hf.model import saved
 
     repo = config.names[-1]
     if config.dataset:
-        photos = data.load_photos(config.dataset)
-        print(data.describe(data.counts(photos)))
+        photos = load_photos(config.dataset)
+        print(describe(counts(photos)))
         hub.check_can_push(repo, repo_type="dataset")
-        print("pushed to", data.push_photos(photos, repo, private=config.private))
+        print("pushed to", push_photos(photos, repo, private=config.private))
     else:
         folder = config.names[0]
         if not Path(folder).is_dir():
             raise UserError(f"{folder} is no folder: give a run's model/")
-        hub.load_model(folder)  # what does not load is not worth uploading
+        saved.load_model(folder)  # what does not load is not worth uploading
         hub.check_can_push(repo)
         print("pushed to", hub.push_folder(folder, repo, private=config.private, revision=config.revision))
 

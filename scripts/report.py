@@ -58,38 +58,47 @@ def main(config: ReportConfig) -> None:
 
     from tqdm import tqdm
 
-    from hotdog_hf import data, engine, hub, model, photos, report
-    from hotdog_hf.pixels import MEMORY_FORMAT
+    from hotdog_hf.data import images, loaders, transforms
+    from hotdog_hf.data.prepare import open_photos
+    from hotdog_hf.data.splits import names_of, resolve_positive
+    from hotdog_hf.data.transforms import MEMORY_FORMAT
+    from hotdog_hf.model import network, saved
+    from hotdog_hf.report import gradcam
+    from hotdog_hf.report.page import check_output_dir, describe, image_uri, write_report
+    from hotdog_hf.report.runner import galleries, run_knobs, validation_cut
+    from hotdog_hf.report.scores import choose_threshold, label_order, summarise
+    from hotdog_hf.training import engine, launch
 
-    folder = report.check_output_dir(config.output_dir)
+    folder = check_output_dir(config.output_dir)
     # In float32, as scripts/predict.py and every other loader of the folder compute.
-    accelerator = engine.build_accelerator("no")
+    accelerator = launch.build_accelerator("no")
     with accelerator.local_main_process_first():
-        net = hub.load_model(config.model)
-    knobs = report.run_knobs(config.model)
-    fraction, seed = report.validation_cut(knobs, config.data_dir)
+        net = saved.load_model(config.model)
+    knobs = run_knobs(config.model)
+    fraction, seed = validation_cut(knobs, config.data_dir)
     seed = seed if config.seed is None else config.seed
-    splits, _ = photos.open_photos(config.photos(fraction), seed, accelerator)
+    splits, _ = open_photos(config.photos(fraction), seed, accelerator)
     if config.split not in splits:
         found = ", ".join(splits)
         raise UserError(
             f"{config.data_dir} has no {config.split} split, only {found}: --val-fraction cuts one"
         )
-    label_names, data_config = model.label_names_of(net), model.data_config_of(net)
-    order = report.label_order(splits["train"].features["label"].names, label_names)
-    positive_label = data.resolve_positive(label_names, config.positive_label)
+    label_names, data_config = network.label_names_of(net), network.data_config_of(net)
+    order = label_order(splits["train"].features["label"].names, label_names)
+    positive_label = resolve_positive(label_names, config.positive_label)
 
     # Predictions. A threshold is chosen on validation alone.
     eval_splits = [config.split]
     if positive_label and "validation" in splits and config.split != "validation":
         eval_splits.append("validation")
     eval_sets = {
-        split: data.PhotoDataset(splits[split], data.eval_transform(data_config)) for split in eval_splits
+        split: loaders.PhotoDataset(splits[split], transforms.eval_transform(data_config))
+        for split in eval_splits
     }
     net, predicted = accelerator.prepare(net.to(memory_format=MEMORY_FORMAT)), {}
     for split, photo_set in eval_sets.items():
-        loader = data.eval_loader(
-            photo_set, config.batch_size, num_workers=engine.default_workers(accelerator)
+        loader = loaders.eval_loader(
+            photo_set, config.batch_size, num_workers=launch.default_workers(accelerator)
         )
         probabilities, labels = engine.predict(accelerator, net, accelerator.prepare(loader), title=split)
         predicted[split] = probabilities.numpy(), order[labels.numpy()]
@@ -98,14 +107,14 @@ def main(config: ReportConfig) -> None:
     if accelerator.is_main_process:
         # Looked at one by one, so by the bare network.
         bare, photo_set, pictures = accelerator.unwrap_model(net), eval_sets[config.split], {}
-        for name, indices in report.galleries(probabilities, labels).items():
+        for name, indices in galleries(probabilities, labels).items():
             pictures[name] = []
             for index in tqdm(indices, desc=name, unit="img", leave=False, disable=None):
                 bytes_of_one = photo_set[index]["pixel_values"][None].to(accelerator.device)
                 pixels = photo_set.network_input(bytes_of_one)[0]
-                heat = report.grad_cam(bare, pixels, int(probabilities[index].argmax()))
-                seen = None if heat is None else report.image_uri(report.overlay(pixels, heat, data_config))
-                photo = report.image_uri(data.read_photo(photo_set.rows[index]))
+                heat = gradcam.grad_cam(bare, pixels, int(probabilities[index].argmax()))
+                seen = None if heat is None else image_uri(gradcam.overlay(pixels, heat, data_config))
+                photo = image_uri(images.read_photo(photo_set.rows[index]))
                 pictures[name].append({"index": index, "photo": photo, "overlay": seen})
         summary = {
             "model": config.model,
@@ -114,22 +123,22 @@ def main(config: ReportConfig) -> None:
             "label_names": label_names,
             "positive_label": positive_label,
             "threshold": None,
-            **report.summarise(probabilities, labels, label_names, positive_label),
+            **summarise(probabilities, labels, label_names, positive_label),
         }
         if positive_label and "validation" in predicted:
-            summary["threshold"] = report.choose_threshold(predicted, label_names.index(positive_label))
-        report.write_report(
+            summary["threshold"] = choose_threshold(predicted, label_names.index(positive_label))
+        write_report(
             folder,
             summary,
-            files=data.names_of(photo_set.rows, config.data_dir),
+            files=names_of(photo_set.rows, config.data_dir),
             probabilities=probabilities,
             labels=labels,
             pictures=pictures,
             knobs=knobs,
             command=shlex.join(["python", *sys.argv]),
         )
-        print(report.describe(summary), f"report: {folder / 'report.html'}", sep="\n")
-    net, *_ = engine.finish(accelerator, net)
+        print(describe(summary), f"report: {folder / 'report.html'}", sep="\n")
+    net, *_ = launch.finish(accelerator, net)
 
 
 if __name__ == "__main__":

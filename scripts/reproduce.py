@@ -70,22 +70,39 @@ def main(config: ReproduceConfig) -> None:
     # Imported here so that --help and a mistyped flag answer before torch is loaded.
     from pathlib import Path
 
-    from hotdog_hf import data, engine, files, model, photos, plots, study
+    from hotdog_hf import files
     from hotdog_hf.config import DataConfig
-    from hotdog_hf.run import StopSignal, resume_command
-    from hotdog_hf.training import train
+    from hotdog_hf.data.prepare import open_photos
+    from hotdog_hf.data.splits import counts, describe, manifest
+    from hotdog_hf.model.source import create_source, input_size, load_source
+    from hotdog_hf.study import plots
+    from hotdog_hf.study.page import write_study
+    from hotdog_hf.study.plan import COMMON, override, runs_of
+    from hotdog_hf.study.results import (
+        curves,
+        rates_table,
+        read_result,
+        summaries,
+        tuned,
+        write_diverged,
+    )
+    from hotdog_hf.study.runner import Clock
+    from hotdog_hf.training import engine, launch
+    from hotdog_hf.training.launch import StopSignal
+    from hotdog_hf.training.loop import train
+    from hotdog_hf.training.run_dir import resume_command
 
     study_dir = Path(config.output_dir)
-    accelerator = engine.build_accelerator("auto", num_threads=config.num_threads)
+    accelerator = launch.build_accelerator("auto", num_threads=config.num_threads)
     is_main, stop = accelerator.is_main_process, StopSignal()
     with files.writing_to(study_dir):
         study_dir.mkdir(parents=True, exist_ok=True)
 
     # The photos, and all runs but those that a grid has still to choose.
     data_config = DataConfig(data_dir=config.data_dir, bad_images=config.bad_images)
-    splits, _ = photos.open_photos(data_config, 0, accelerator)
-    manifest, counts = data.manifest(splits, config.data_dir), data.counts(splits)
-    common = {name: value for name in study.COMMON if (value := getattr(config, name)) is not None}
+    splits, _ = open_photos(data_config, 0, accelerator)
+    manifest, counts = manifest(splits, config.data_dir), counts(splits)
+    common = {name: value for name in COMMON if (value := getattr(config, name)) is not None}
     experiments = [name for name in EXPERIMENTS if name in config.only]
     if "class-vector" in experiments and len(experiments) > 1:
         try:
@@ -94,12 +111,12 @@ def main(config: ReproduceConfig) -> None:
             accelerator.print(f"class-vector is left out: {error}")
             experiments.remove("class-vector")
     try:
-        queue = [run for name in experiments for run in study.runs_of(name, config.seeds, common)]
+        queue = [run for name in experiments for run in runs_of(name, config.seeds, common)]
     except ValueError as error:
         raise UserError(str(error)) from error
-    size = config.image_size or model.input_size(config.model)
-    net = model.create_source(config.model, "none", config.image_size)
-    clock = study.Clock(counts, size, *engine.measure_speed(accelerator, net, size))
+    size = config.image_size or input_size(config.model)
+    net = create_source(config.model, "none", config.image_size)
+    clock = Clock(counts, size, *engine.measure_speed(accelerator, net, size))
 
     # Train what is missing. What a grid chooses is trained when all of the grid is there.
     results, failure = [], None
@@ -107,11 +124,11 @@ def main(config: ReproduceConfig) -> None:
         run = queue.pop(0)
         folder = run.folder(study_dir, manifest, accelerator.num_processes)
         accelerator.wait_for_everyone()
-        result = study.read_result(run, folder)
+        result = read_result(run, folder)
         if result is None:
             accelerator.print(f"\n== {run.name}, seed {run.seed}; {clock.describe([run, *queue])}")
             try:
-                train(study.override(run.config, output_dir=str(folder), resume="auto"), accelerator, stop)
+                train(override(run.config, output_dir=str(folder), resume="auto"), accelerator, stop)
             except UserError as error:
                 # Too high a rate is an answer too.
                 if not isinstance(error.__cause__, engine.NonFiniteLossError):
@@ -119,15 +136,15 @@ def main(config: ReproduceConfig) -> None:
                     break
                 accelerator.print(str(error))
                 if is_main:
-                    study.write_diverged(folder, str(error))
-            engine.release(accelerator)
+                    write_diverged(folder, str(error))
+            launch.release(accelerator)
             accelerator.wait_for_everyone()
-            if (result := study.read_result(run, folder)) is None:
+            if (result := read_result(run, folder)) is None:
                 break  # stopped
             clock.learn(result)
         results.append(result)
         if run.experiment == "grid" and not any(left.experiment == "grid" for left in queue):
-            queue += [study.tuned(results, arm) for arm in ("finetune", "scratch")]
+            queue += [tuned(results, arm) for arm in ("finetune", "scratch")]
 
     # What they say.
     zero = None
@@ -135,25 +152,25 @@ def main(config: ReproduceConfig) -> None:
         zero = ask_source(config, accelerator, splits)
     if is_main and results:
         with files.writing_to(study_dir):
-            plots.plot_arms(study.summaries(results), study_dir / "intervals.png")
-            plots.plot_arm_curves(study.curves(results), study_dir / "curves.png")
-            plots.plot_rates(study.rates_table(results), study_dir / "rates.png")
-            study.write_study(
+            plots.plot_arms(summaries(results), study_dir / "intervals.png")
+            plots.plot_arm_curves(curves(results), study_dir / "curves.png")
+            plots.plot_rates(rates_table(results), study_dir / "rates.png")
+            write_study(
                 study_dir,
                 results,
                 zero,
                 {
                     "command": resume_command(study_dir),
-                    "counts_table": data.describe(counts),
-                    "hardware": engine.describe_hardware(accelerator),
-                    "versions": engine.describe_versions(),
+                    "counts_table": describe(counts),
+                    "hardware": launch.describe_hardware(accelerator),
+                    "versions": launch.describe_versions(),
                     "missing": len(queue),
                 },
             )
         print(
             f"\n{study_dir}/README.md: {len(results)} runs{f', {len(queue)} still to come' if queue else ''}"
         )
-    engine.finish(accelerator)
+    launch.finish(accelerator)
     if failure:
         raise failure
     if stop.number:
@@ -162,28 +179,35 @@ def main(config: ReproduceConfig) -> None:
 
 def load_source(config: ReproduceConfig, splits: DatasetDict) -> tuple[torch.nn.Module, list[int | None]]:
     """Return the source classifier and which of its classes ours are."""
-    from hotdog_hf import heads, model
+    from hotdog_hf.model import heads
+    from hotdog_hf.model.source import load_source
 
-    source = model.load_source(config.model, config.weights, config.image_size)
+    source = load_source(config.model, config.weights, config.image_size)
     return source, heads.match_classes(source, splits["train"].features["label"].names, config.source_class)
 
 
 def ask_source(config: ReproduceConfig, accelerator: Accelerator, splits: DatasetDict) -> dict | None:
     """Judge the source's own class before any training, or None where the positive class has none."""
-    from hotdog_hf import data, features, model, pixels, study
+    from hotdog_hf.data import transforms
+    from hotdog_hf.data.splits import resolve_positive
+    from hotdog_hf.model.source import load_source, source_data_config
+    from hotdog_hf.study.results import (
+        zero_shot,
+    )
+    from hotdog_hf.training import features
 
     label_names = splits["train"].features["label"].names
     source, classes = load_source(config, splits)
-    source = source.to(accelerator.device, memory_format=pixels.MEMORY_FORMAT)
-    data_config = model.source_data_config(source, "chapter", config.image_size)
-    positive = label_names.index(data.resolve_positive(label_names, config.positive_label) or label_names[0])
+    source = source.to(accelerator.device, memory_format=transforms.MEMORY_FORMAT)
+    data_config = source_data_config(source, "chapter", config.image_size)
+    positive = label_names.index(resolve_positive(label_names, config.positive_label) or label_names[0])
     if classes[positive] is None:
         return None
     split_features = {
         split: features.of_split(accelerator, source, splits, split, config.data_dir, data_config)
         for split in ("train", "test")
     }
-    return study.zero_shot(split_features, source.get_classifier(), classes[positive], positive)
+    return zero_shot(split_features, source.get_classifier(), classes[positive], positive)
 
 
 if __name__ == "__main__":

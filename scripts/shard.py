@@ -38,11 +38,14 @@ def main(config: ShardConfig) -> None:
     # Imported here so that --help and a mistyped flag answer at once.
     from pathlib import Path
 
-    from hotdog_hf import engine, files, photos, stream
+    from hotdog_hf import files
     from hotdog_hf.config import DataConfig
+    from hotdog_hf.data import stream
+    from hotdog_hf.data.prepare import open_photos
+    from hotdog_hf.training import launch
 
     data_config = DataConfig(data_dir=config.source, bad_images=config.bad_images)
-    splits, _ = photos.open_photos(data_config, 0, engine.build_accelerator())
+    splits, _ = open_photos(data_config, 0, launch.build_accelerator())
     with files.writing_to(Path(config.target)):
         made = stream.write_shards(splits, Path(config.target), config.photos_a_shard, config.seed)
     print(f"{config.target}: {', '.join(f'{count} shards of {split}' for split, count in made.items())}")

@@ -35,7 +35,7 @@ class SplitConfig:
 
 def main(config: SplitConfig) -> None:
     """Divide, and say what came out."""
-    from hotdog_hf.folder import split_folder
+    from hotdog_hf.data.folder import split_folder
 
     shares = {"test": config.test_fraction}
     if config.val_fraction:

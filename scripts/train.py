@@ -13,11 +13,12 @@ from hotdog_hf.errors import exit_on_user_error
 def main(config: TrainConfig) -> None:
     """Train one network by the config, on the hardware that the launcher gave."""
     # Imported here so that --help and a mistyped flag answer before torch is loaded.
-    from hotdog_hf import engine, hub
-    from hotdog_hf.run import StopSignal
-    from hotdog_hf.training import train
+    from hotdog_hf import hub
+    from hotdog_hf.training import launch
+    from hotdog_hf.training.launch import StopSignal
+    from hotdog_hf.training.loop import train
 
-    accelerator = engine.build_accelerator(
+    accelerator = launch.build_accelerator(
         config.run.precision,
         config.run.tracker,
         config.run.num_threads,
@@ -31,7 +32,7 @@ def main(config: TrainConfig) -> None:
     if run_dir and config.hub.push_to_hub and accelerator.is_main_process:
         url = hub.push_folder(run_dir / "model", config.hub.push_to_hub, private=config.hub.private)
         accelerator.print(f"pushed to {url}")
-    engine.finish(accelerator)
+    launch.finish(accelerator)
     if run_dir is None:
         raise SystemExit(stop.exit_code)
 

@@ -12,8 +12,9 @@ import timm
 import torch
 from torch import nn
 
-from hotdog_hf import data, engine, optim
-from hotdog_hf.pixels import MEMORY_FORMAT
+from hotdog_hf.data import loaders
+from hotdog_hf.data.transforms import MEMORY_FORMAT
+from hotdog_hf.training import engine, launch, optim, records
 
 COUNT, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, EPOCHS = 21, 8, 1e-3, 0.001, 2
 
@@ -33,8 +34,8 @@ class FixedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         _, index = key
-        padding = index == data.PhotoDataset.PADDING
-        label = data.IGNORED_LABEL if padding else self.labels[index]
+        padding = index == loaders.PhotoDataset.PADDING
+        label = loaders.IGNORED_LABEL if padding else self.labels[index]
         return {"pixel_values": self.images[max(index, 0)], "labels": label, "index": max(index, 0)}
 
     def network_input(self, pixel_values):
@@ -63,7 +64,7 @@ def plain_loop(batch_norm: str) -> nn.Module:
         lr=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
     )
-    sampler = data.StepSampler(COUNT, BATCH_SIZE, images.seed)
+    sampler = loaders.StepSampler(COUNT, BATCH_SIZE, images.seed)
     for epoch in range(1, EPOCHS + 1):
         sampler.seek(epoch)
         for batch in sampler:
@@ -78,14 +79,14 @@ def main(
     out: str, loss_reduction: str = "sum", accumulation_steps: str = "1", batch_norm: str = "train"
 ) -> None:
     """Train with the project's loop and let the main process save the weights."""
-    accelerator = engine.build_accelerator("no", num_threads=1)
+    accelerator = launch.build_accelerator("no", num_threads=1)
     net, dataset = network(batch_norm), FixedImages()
     groups = optim.parameter_groups(
         net, learning_rate=LEARNING_RATE, head_lr_mult=10, weight_decay=WEIGHT_DECAY
     )
     optimizer = optim.build_optimizer(groups, "sgd")
     schedule = optim.build_schedule(optimizer, "constant", 1)
-    loader = data.train_loader(
+    loader = loaders.train_loader(
         dataset, BATCH_SIZE, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
     net, optimizer = accelerator.prepare(net, optimizer)
@@ -95,12 +96,12 @@ def main(
         knobs = {"loss_reduction": loss_reduction, "accumulation_steps": int(accumulation_steps)}
         for _ in engine.train_steps(accelerator, net, loader, optimizer, schedule, totals, **knobs):
             pass
-        row = engine.epoch_row(accelerator, totals, seconds=1.0)
+        row = records.epoch_row(accelerator, totals, seconds=1.0)
     accelerator.print(accelerator.num_processes, row["train_loss"], row["train_accuracy"])
     if accelerator.is_main_process:
         weights = accelerator.unwrap_model(net).state_dict()
         safetensors.torch.save_file({name: value.contiguous() for name, value in weights.items()}, out)
-    net, optimizer = engine.finish(accelerator, net, optimizer)
+    net, optimizer = launch.finish(accelerator, net, optimizer)
 
 
 if __name__ == "__main__":

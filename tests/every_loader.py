@@ -9,9 +9,9 @@ import transformers
 from PIL import Image
 
 import hotdog_hf
-from hotdog_hf.data import eval_transform
-from hotdog_hf.images import decode_image
-from hotdog_hf.model import data_config_of, label_names_of
+from hotdog_hf.data.images import decode_image
+from hotdog_hf.data.transforms import eval_transform
+from hotdog_hf.model.network import data_config_of, label_names_of
 
 
 def with_timm(name, kind, images):

@@ -2,6 +2,7 @@ import argparse
 import importlib.util
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,27 @@ import torch
 from conftest import ROOT, TINY_MODEL, network_inputs, run
 from PIL import Image
 
-from hotdog_hf import bench, bench_report, bench_tasks, data, hub, model
+from hotdog_hf.bench import runner
+from hotdog_hf.bench.page import (
+    ACTIVITIES,
+    TITLES,
+    Measured,
+    baseline_of,
+    digits,
+    greatest_difference,
+    targets,
+)
+from hotdog_hf.bench.processes import MeasurementError, run_process
+from hotdog_hf.bench.runner import Results, measure, plan
+from hotdog_hf.bench.sections import SECTIONS, Variant, prediction, processes, training
+from hotdog_hf.bench.setup import Setup, link_photos
+from hotdog_hf.bench.tasks import Stopwatch, limit, memory, peak_memory, predict, profile
+from hotdog_hf.data import loaders, transforms
+from hotdog_hf.data.splits import load_photos
+from hotdog_hf.model import saved
+from hotdog_hf.model.network import data_config_of, replace_head
+from hotdog_hf.model.predictor import load_predictor, predict_paths
+from hotdog_hf.model.source import load_source, source_data_config
 
 CLASSES = ["hotdog", "not-hotdog"]
 
@@ -24,16 +45,16 @@ def network(tiny_weights):
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory, tiny_weights, photos_dir):
     """A model that says one class of half the test photos and the other of the rest."""
-    source = model.load_source(TINY_MODEL, str(tiny_weights), 64)
-    net = model.replace_head(source, CLASSES, model.source_data_config(source, "chapter", 64)).eval()
-    test_set = data.PhotoDataset(
-        data.load_photos(photos_dir)["test"], data.eval_transform(model.data_config_of(net))
+    source = load_source(TINY_MODEL, str(tiny_weights), 64)
+    net = replace_head(source, CLASSES, source_data_config(source, "chapter", 64)).eval()
+    test_set = loaders.PhotoDataset(
+        load_photos(photos_dir)["test"], transforms.eval_transform(data_config_of(net))
     )
     with torch.no_grad():
         logits = net(network_inputs(test_set))
         lower, upper = (logits[:, 0] - logits[:, 1]).sort().values[5:7]
         net.get_classifier().bias[0] -= (lower + upper) / 2
-    return hub.save_model(net, tmp_path_factory.mktemp("bench") / "model")
+    return saved.save_model(net, tmp_path_factory.mktemp("bench") / "model")
 
 
 # What is measured, in this process.
@@ -48,23 +69,23 @@ def test_the_limit_steps_over_as_many_photos_as_an_epoch(network, monkeypatch):
         return step(self, images)
 
     monkeypatch.setattr(timm.models.resnet.ResNet, "forward", counted)
-    found = bench_tasks.limit(train=11, test=5, batch_size=4, epochs=2, classes=CLASSES, **network)
+    found = limit(train=11, test=5, batch_size=4, epochs=2, classes=CLASSES, **network)
     assert len(found["epoch_seconds"]) == 2 and min(found["epoch_seconds"]) > 0
     # The first step of four photos warms up, in the mode of a model just loaded.
     assert sum(map(sum, seen.values())) == 4 + 2 * (11 + 5) and seen[False][-2:] == [4, 1]
 
 
 def test_memory_is_that_of_a_folder_as_large_as_it_is(network, photos_dir):
-    found = bench_tasks.memory(data_dir=str(photos_dir), batch_size=8, steps=2, **network)
+    found = memory(data_dir=str(photos_dir), batch_size=8, steps=2, **network)
     assert found["photos"] == 36
     before = found["peak_bytes"]
     block = np.ones(300 * 2**20, np.uint8)
-    assert bench_tasks.peak_memory() > max(before, block.nbytes)
+    assert peak_memory() > max(before, block.nbytes)
 
 
 def test_the_profile_counts_every_moment_once(network, photos_dir):
-    found = bench_tasks.profile(data_dir=str(photos_dir), batch_size=8, num_workers=0, **network)
-    assert set(found["seconds_by"]) == set(bench_report.ACTIVITIES)
+    found = profile(data_dir=str(photos_dir), batch_size=8, num_workers=0, **network)
+    assert set(found["seconds_by"]) == set(ACTIVITIES)
     assert min(found["seconds_by"].values()) > 0
     assert any("convolution" in operator["name"] for operator in found["operators"])
     assert sum(operator["share"] for operator in found["operators"]) <= 1
@@ -72,8 +93,8 @@ def test_the_profile_counts_every_moment_once(network, photos_dir):
 
 def test_a_stopwatch_gives_each_moment_to_the_innermost_name(monkeypatch):
     now = iter([0, 1, 3, 6, 10, 20, 25, 35, 36])
-    monkeypatch.setattr(bench_tasks.time, "perf_counter", lambda: next(now))
-    watch = bench_tasks.Stopwatch(lambda: None)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    watch = Stopwatch(lambda: None)
     with watch("waiting"), watch("decode"):  # from 1 to 10, and within it from 3 to 6
         pass
     with watch("evaluation"), watch("decode"):  # from 20 to 36, with all that is in it
@@ -85,10 +106,10 @@ def test_a_stopwatch_gives_each_moment_to_the_innermost_name(monkeypatch):
 def test_every_way_of_predicting_says_the_same(how, saved_model, photos_dir):
     folder = str(photos_dir / "test")
     knobs = {"model_dir": str(saved_model), "data_dir": folder, "batch_size": 4, "num_threads": 1}
-    found = bench_tasks.predict(how=how, **knobs)
+    found = predict(how=how, **knobs)
     assert found["images"] == 11 and found["seconds"] > 0
-    predictor = bench_tasks.inference.load_predictor(saved_model)
-    answers = bench_tasks.inference.predict_paths(predictor, [folder], np.argmax)
+    predictor = load_predictor(saved_model)
+    answers = predict_paths(predictor, [folder], np.argmax)
     assert found["labels"] == [answer.label for answer in answers]
     assert set(found["labels"]) == set(CLASSES)
 
@@ -143,7 +164,7 @@ def test_the_plain_frozen_loop_moves_the_head_alone(capsys, photos_dir, tiny_wei
 
 
 def python(code, folder, **knobs):
-    return bench.run_process([sys.executable, "-c", code], folder, **knobs)
+    return run_process([sys.executable, "-c", code], folder, **knobs)
 
 
 def test_a_process_is_timed_by_what_it_writes(tmp_path):
@@ -156,7 +177,7 @@ def test_a_process_is_timed_by_what_it_writes(tmp_path):
 
 def test_a_process_that_fails_says_why(tmp_path):
     code = "import sys; sys.exit('error: no such thing')"
-    with pytest.raises(bench.MeasurementError, match="ended with 1: error: no such thing"):
+    with pytest.raises(MeasurementError, match="ended with 1: error: no such thing"):
         python(code, tmp_path)
 
 
@@ -165,14 +186,14 @@ def test_a_process_is_stopped_when_it_has_come_far_enough(tmp_path):
     code = f"import pathlib, time; pathlib.Path({str(mark)!r}).touch(); time.sleep(60)"
     ended = python(code, tmp_path, until=mark.exists)
     assert 0 < ended.until_seconds <= ended.seconds < 30
-    with pytest.raises(bench.MeasurementError):
+    with pytest.raises(MeasurementError):
         python("pass", tmp_path, until=(tmp_path / "never").exists)
 
 
 def test_variants_take_turns(monkeypatch):
-    variants = [bench.Variant("s", name, None, once=name == "c") for name in "abc"]
-    monkeypatch.setattr(bench, "SECTIONS", {"s": lambda setup: variants, "t": lambda setup: []})
-    turns = bench.plan(None, ["s", "t"], 2)
+    variants = [Variant("s", name, None, once=name == "c") for name in "abc"]
+    monkeypatch.setattr(runner, "SECTIONS", {"s": lambda setup: variants, "t": lambda setup: []})
+    turns = plan(None, ["s", "t"], 2)
     said = [(variant.name, number) for variant, number in turns["s"]]
     assert said == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("b", 1)] and turns["t"] == []
 
@@ -198,30 +219,27 @@ def setup_of(photos_dir, tiny_weights, work, **knobs):
         "gpus": 0,
         "bf16": False,
     }
-    return bench.Setup(**defaults | knobs)
+    return Setup(**defaults | knobs)
 
 
 def test_every_target_speaks_of_something_that_is_measured(photos_dir, tiny_weights, tmp_path):
     setup = setup_of(photos_dir, tiny_weights, tmp_path, threads=2)
-    assert bench.SECTIONS.keys() == bench_report.TITLES.keys()
+    assert SECTIONS.keys() == TITLES.keys()
     rows = []
-    for name, section in bench.SECTIONS.items():
+    for name, section in SECTIONS.items():
         numbers = {"value": 1.0, "curve": [[1.0, 0.5]], "test_accuracy": 0.5, "metrics": {"loss": 0.5}}
         rows += [
             {"section": name, "variant": variant.name, "round": 0} | numbers for variant in section(setup)
         ]
-    measured = bench_report.Measured(rows)
-    assert len(bench_report.targets(measured)) == 11
-    assert all(
-        bench_report.baseline_of(measured, name) in [None, *measured.variants(name)]
-        for name in bench.SECTIONS
-    )
+    measured = Measured(rows)
+    assert len(targets(measured)) == 11
+    assert all(baseline_of(measured, name) in [None, *measured.variants(name)] for name in SECTIONS)
 
 
 @pytest.mark.parametrize(("gpus", "threads", "count"), [(0, 1, 0), (0, 2, 2), (1, 16, 0), (2, 16, 2)])
 def test_two_processes_need_two_cores_or_two_gpus(gpus, threads, count, photos_dir, tiny_weights, tmp_path):
     setup = setup_of(photos_dir, tiny_weights, tmp_path, threads=threads, gpus=gpus)
-    assert len(bench.processes(setup)) == count
+    assert len(processes(setup)) == count
 
 
 def test_links_repeat_every_photo(photos_dir, tmp_path):
@@ -229,7 +247,7 @@ def test_links_repeat_every_photo(photos_dir, tmp_path):
         split: {name: sorted(map(str, (photos_dir / split / name).iterdir())) for name in CLASSES}
         for split in ("train", "test")
     }
-    folder = bench.link_photos(files, tmp_path / "many", 3)
+    folder = link_photos(files, tmp_path / "many", 3)
     links = sorted((folder / "test/hotdog").iterdir())
     assert len(links) == 18 and len({link.resolve() for link in links}) == 6
     assert links[0].name == "00000-000.png" and links[0].read_bytes()
@@ -237,13 +255,13 @@ def test_links_repeat_every_photo(photos_dir, tmp_path):
 
 def test_results_keep_other_sections_of_the_same_machine_and_knobs(tmp_path):
     file = tmp_path / "results.json"
-    results = bench.Results(file, {"knobs": (1, 2)}, ["a", "b"])
+    results = Results(file, {"knobs": (1, 2)}, ["a", "b"])
     for section in "ab":
-        results.add(bench.Variant(section, "ours", None), 0, {"by": "me"}, {"value": 1.0})
+        results.add(Variant(section, "ours", None), 0, {"by": "me"}, {"value": 1.0})
     assert [row["section"] for row in json.loads(file.read_text())["measurements"]] == ["a", "b"]
-    again = bench.Results(file, {"knobs": (1, 2)}, ["b"])
+    again = Results(file, {"knobs": (1, 2)}, ["b"])
     assert [row["section"] for row in again.content["measurements"]] == ["a"]
-    assert bench.Results(file, {"knobs": (1, 3)}, ["b"]).content["measurements"] == []
+    assert Results(file, {"knobs": (1, 3)}, ["b"]).content["measurements"] == []
 
 
 # What the numbers say.
@@ -258,14 +276,14 @@ def rows_of(section, **values):
 
 
 def test_ratios_are_taken_round_by_round():
-    measured = bench_report.Measured(rows_of("training", ours=[10, 40, 30], plain_loop=[5, 10, 30]))
+    measured = Measured(rows_of("training", ours=[10, 40, 30], plain_loop=[5, 10, 30]))
     ratio = measured.ratio("training", "ours", "plain loop")
     assert (ratio.median, ratio.low, ratio.high, ratio.count) == (2, 1, 4, 3)
-    assert ratio.scaled(bench_report.digits) == "2.00 (1.00 to 4.00)"
-    [target] = bench_report.targets(measured)
+    assert ratio.scaled(digits) == "2.00 (1.00 to 4.00)"
+    [target] = targets(measured)
     assert target.met and target.bound == 1.3
-    slower = bench_report.Measured(rows_of("training", ours=[10], plain_loop=[9]))
-    assert not bench_report.targets(slower)[0].met
+    slower = Measured(rows_of("training", ours=[10], plain_loop=[9]))
+    assert not targets(slower)[0].met
 
 
 def curve(variant, number, *points):
@@ -274,7 +292,7 @@ def curve(variant, number, *points):
 
 
 def test_the_accuracy_to_reach_is_the_mean_of_the_chapters_own():
-    measured = bench_report.Measured(
+    measured = Measured(
         [
             curve("chapter", 0, [100, 0.5], [200, 0.9], [300, 0.8]),
             curve("chapter", 1, [100, 0.5], [300, 0.9]),
@@ -284,7 +302,7 @@ def test_the_accuracy_to_reach_is_the_mean_of_the_chapters_own():
     )
     assert measured.values("accuracy", "chapter") == {0: 300, 1: 300}
     assert measured.values("accuracy", "probe") == {0: 15}, "in round 1 it stays below 0.85"
-    [target] = bench_report.targets(measured)
+    [target] = targets(measured)
     assert target.found.median == 20 and not target.met
 
 
@@ -293,8 +311,8 @@ def test_the_accuracy_to_reach_is_the_mean_of_the_chapters_own():
 )
 def test_ours_is_measured_in_the_other_precision_too(gpus, bf16, other, photos_dir, tiny_weights, tmp_path):
     setup = setup_of(photos_dir, tiny_weights, tmp_path, gpus=gpus, bf16=bf16)
-    assert [row.name for row in bench.training(setup) if row.name.startswith("ours,")] == other
-    assert ("ours, torch, bf16" in [row.name for row in bench.prediction(setup)]) == bf16
+    assert [row.name for row in training(setup) if row.name.startswith("ours,")] == other
+    assert ("ours, torch, bf16" in [row.name for row in prediction(setup)]) == bf16
 
 
 def test_metrics_that_differ_are_found():
@@ -306,16 +324,16 @@ def test_metrics_that_differ_are_found():
         row("chapter, 2", loss=0.5, matrix=[[1, 2], [3, 4]]),
     ]
     other = [*same[:1], row("chapter, 2", loss=0.5, matrix=[[1, 2], [4, 3]])]
-    assert bench_report.greatest_difference(bench_report.Measured(same), "chapter") == 0
-    assert bench_report.greatest_difference(bench_report.Measured(other), "chapter") == 1
-    assert bench_report.greatest_difference(bench_report.Measured(same[:1]), "chapter") is None
+    assert greatest_difference(Measured(same), "chapter") == 0
+    assert greatest_difference(Measured(other), "chapter") == 1
+    assert greatest_difference(Measured(same[:1]), "chapter") is None
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0, "0.00"), (0.0123, "0.0123"), (12.34, "12.3"), (123.4, "123"), (12345.6, "12,346")]
 )
 def test_numbers_have_three_digits(value, text):
-    assert bench_report.digits(value) == text
+    assert digits(value) == text
 
 
 # All of it, as a user runs it.
@@ -348,8 +366,8 @@ def test_the_benchmark_leaves_numbers_a_page_and_pictures(flags, tmp_path):
 
 def test_our_training_is_timed_from_its_first_step(photos_dir, tiny_weights, tmp_path):
     setup = setup_of(photos_dir, tiny_weights, tmp_path)
-    ours = next(variant for variant in bench.training(setup) if variant.name == "ours")
-    numbers = bench.measure(setup, ours, 0)
+    ours = next(variant for variant in training(setup) if variant.name == "ours")
+    numbers = measure(setup, ours, 0)
     first, second = numbers["epoch_seconds"]
     assert min(first, second) > 0 and first + second < numbers["seconds_in_all"]
     assert numbers["value"] == pytest.approx(50 / (first + second))

@@ -15,9 +15,10 @@ import zoo
 from conftest import ROOT, run
 from hypothesis import strategies as st
 
-from hotdog_hf import check, data, folder
+from hotdog_hf.data import check, folder
+from hotdog_hf.data.images import decode_image
+from hotdog_hf.data.splits import load_photos
 from hotdog_hf.errors import UserError
-from hotdog_hf.images import decode_image
 
 
 @pytest.fixture
@@ -145,7 +146,8 @@ def test_the_script_ends_on_a_mistake_in_one_line(script, photos, args, message)
 
 
 def test_the_check_does_without_torch():
-    code = "import hotdog_hf.check, sys; sys.exit(any(name in sys.modules for name in ('torch', 'datasets')))"
+    heavy = "('torch', 'datasets')"
+    code = f"import hotdog_hf.data.check, sys; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert run("python", "-c", code).returncode == 0
 
 
@@ -293,7 +295,7 @@ def test_any_class_name_is_a_class_or_hidden(class_names):
             with pytest.raises(UserError, match="at least two class folders"):
                 folder.find_photos(root)
             return
-        loaded = data.load_photos(root)
+        loaded = load_photos(root)
         assert loaded["train"].features["label"].names == expected
         for split, rows in loaded.items():
             for row in rows:

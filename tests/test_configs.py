@@ -24,7 +24,8 @@ from accelerate.utils.dataclasses import DistributedType
 from conftest import ROOT, TINY_MODEL
 from test_scripts import metrics_of
 
-from hotdog_hf import checkpoint, hub, sharding
+from hotdog_hf.model.saved import load_model
+from hotdog_hf.training import checkpoint, sharding
 
 CONFIGS = ROOT / "configs"
 LAUNCH = ("accelerate", "launch", "--config_file")
@@ -192,7 +193,7 @@ def test_pieces_are_a_networks_blocks(name, least, kinds):
 
 
 def test_what_a_network_in_pieces_saves_is_whole(in_pieces):
-    saved = hub.load_model(in_pieces / "runs/it/model").state_dict()
+    saved = load_model(in_pieces / "runs/it/model").state_dict()
     weights, _ = checkpoint.read(checkpoint.latest(in_pieces / "runs/it"))
     shapes = {name.removeprefix("model."): value.shape for name, value in weights.items() if "model." in name}
     assert shapes == {name: value.shape for name, value in saved.items()}

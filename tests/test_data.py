@@ -4,11 +4,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import draw_photos
 from PIL import Image
-from torchvision import transforms
 
-from hotdog_hf import data, images
+from hotdog_hf.data import images, loaders, transforms
+from hotdog_hf.data.splits import counts, describe, load_photos, resolve_positive, sample_photos
 from hotdog_hf.errors import UserError
 
 CHAPTER_CONFIG = {
@@ -28,12 +29,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def counts(photos):
-    return {split: list(by_class.values()) for split, by_class in data.counts(photos).items()}
+def count_lists(photos):
+    return {split: list(by_class.values()) for split, by_class in counts(photos).items()}
 
 
 def test_a_plain_folder_is_what_imagefolder_makes_of_it(folder, tmp_path):
-    ours = data.load_photos(folder)
+    ours = load_photos(folder)
     theirs = datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
     for split in ("train", "test"):
         assert ours[split].features["label"] == theirs[split].features["label"]
@@ -54,24 +55,24 @@ def test_file_names_change_neither_split_nor_count(folder):
         shutil.copy(source, folder / "train/a" / name)
     (folder / "train/a/notes.txt").write_text("no image")
     (folder / "train/a/._000.png").write_bytes(b"Mac metadata")
-    photos = data.load_photos(folder)
-    assert counts(photos) == {"train": [3 + len(odd), 4], "test": [2, 2]}
-    assert all(data.read_photo(row).mode == "RGB" for row in photos["train"])
-    assert data.describe(data.counts(photos)).splitlines()[1].split() == ["train", "13", "4", "17"]
+    photos = load_photos(folder)
+    assert count_lists(photos) == {"train": [3 + len(odd), 4], "test": [2, 2]}
+    assert all(images.read_photo(row).mode == "RGB" for row in photos["train"])
+    assert describe(counts(photos)).splitlines()[1].split() == ["train", "13", "4", "17"]
 
 
 @pytest.mark.parametrize("name", ["validation", "val", "valid"])
 def test_a_validation_folder_goes_by_three_names(folder, name):
     draw_photos(folder / name, {"a": 1, "b": 2})
-    assert counts(data.load_photos(folder)) == {"train": [3, 4], "validation": [1, 2], "test": [2, 2]}
+    assert count_lists(load_photos(folder)) == {"train": [3, 4], "validation": [1, 2], "test": [2, 2]}
 
 
 def test_three_classes_and_sorted_names(tmp_path):
     draw_photos(tmp_path / "train", {"taco": 2, "Burger": 3, "hotdog": 4})
     draw_photos(tmp_path / "test", {"taco": 1, "Burger": 1, "hotdog": 1})
-    photos = data.load_photos(tmp_path)
+    photos = load_photos(tmp_path)
     assert photos["test"].features["label"].names == ["Burger", "hotdog", "taco"]
-    assert counts(photos)["train"] == [3, 4, 2]
+    assert count_lists(photos)["train"] == [3, 4, 2]
 
 
 @pytest.mark.parametrize(
@@ -90,60 +91,60 @@ def test_three_classes_and_sorted_names(tmp_path):
 def test_a_malformed_folder_is_one_clear_error(folder, harm, message):
     harm(folder)
     with pytest.raises(UserError, match=message):
-        data.load_photos(folder)
+        load_photos(folder)
 
 
 def test_the_validation_cut_is_stratified_and_follows_the_seed(tmp_path):
     draw_photos(tmp_path / "train", {"a": 20, "b": 40}, size=(8, 8))
     draw_photos(tmp_path / "test", {"a": 1, "b": 1}, size=(8, 8))
     paths = [
-        sorted(row["image"]["path"] for row in data.load_photos(tmp_path, 0.2, seed)["validation"])
+        sorted(row["image"]["path"] for row in load_photos(tmp_path, 0.2, seed)["validation"])
         for seed in (1, 1, 2)
     ]
-    assert counts(data.load_photos(tmp_path, 0.2, 1)) == {
+    assert count_lists(load_photos(tmp_path, 0.2, 1)) == {
         "train": [16, 32],
         "validation": [4, 8],
         "test": [1, 1],
     }
     assert paths[0] == paths[1] != paths[2]
     with pytest.raises(UserError, match=r"--val-fraction 0\.01"):
-        data.load_photos(tmp_path, 0.01)
+        load_photos(tmp_path, 0.01)
 
 
 def test_the_positive_class_is_chosen_by_name():
-    assert data.resolve_positive(["hotdog", "not-hotdog"], None) == "hotdog"
-    assert data.resolve_positive(["cat", "dog"], None) is None
-    assert data.resolve_positive(["cat", "dog"], "dog") == "dog"
+    assert resolve_positive(["hotdog", "not-hotdog"], None) == "hotdog"
+    assert resolve_positive(["cat", "dog"], None) is None
+    assert resolve_positive(["cat", "dog"], "dog") == "dog"
     with pytest.raises(UserError, match="'bird' is none of the classes: cat, dog"):
-        data.resolve_positive(["cat", "dog"], "bird")
+        resolve_positive(["cat", "dog"], "bird")
 
 
 def test_the_eval_transform_is_the_chapters():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 417, 3), dtype=np.uint8))
-    chapter = transforms.Compose(
+    chapter = torchvision.transforms.Compose(
         [
-            transforms.Resize([256, 256]),
-            transforms.CenterCrop(224),
-            transforms.ToTensor(),
-            transforms.Normalize(CHAPTER_CONFIG["mean"], CHAPTER_CONFIG["std"]),
+            torchvision.transforms.Resize([256, 256]),
+            torchvision.transforms.CenterCrop(224),
+            torchvision.transforms.ToTensor(),
+            torchvision.transforms.Normalize(CHAPTER_CONFIG["mean"], CHAPTER_CONFIG["std"]),
         ]
     )
-    assert torch.equal(data.eval_transform(CHAPTER_CONFIG)(image), chapter(image))
+    assert torch.equal(transforms.eval_transform(CHAPTER_CONFIG)(image), chapter(image))
 
 
 def test_the_train_transform_is_the_chapters():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 417, 3), dtype=np.uint8))
-    chapter = transforms.Compose(
+    chapter = torchvision.transforms.Compose(
         [
-            transforms.RandomResizedCrop(224),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(CHAPTER_CONFIG["mean"], CHAPTER_CONFIG["std"]),
+            torchvision.transforms.RandomResizedCrop(224),
+            torchvision.transforms.RandomHorizontalFlip(),
+            torchvision.transforms.ToTensor(),
+            torchvision.transforms.Normalize(CHAPTER_CONFIG["mean"], CHAPTER_CONFIG["std"]),
         ]
     )
-    ours = data.train_transform(CHAPTER_CONFIG)
+    ours = transforms.train_transform(CHAPTER_CONFIG)
     for seed in range(5):
-        torch.manual_seed(data.derive_seed(7, seed))
+        torch.manual_seed(transforms.derive_seed(7, seed))
         expected = chapter(image)
         pixels = ours.pixels(image, 7, seed)
         assert pixels.dtype == torch.uint8
@@ -153,7 +154,7 @@ def test_the_train_transform_is_the_chapters():
 @pytest.fixture
 def dataset(folder):
     config = CHAPTER_CONFIG | {"input_size": (3, 32, 32)}
-    return data.PhotoDataset(data.load_photos(folder)["train"], data.train_transform(config), seed=3)
+    return loaders.PhotoDataset(load_photos(folder)["train"], transforms.train_transform(config), seed=3)
 
 
 def test_augmentation_depends_on_seed_epoch_and_photo_alone(dataset):
@@ -161,7 +162,7 @@ def test_augmentation_depends_on_seed_epoch_and_photo_alone(dataset):
     torch.rand(7)
     assert torch.equal(dataset[1, 2]["pixel_values"], first)
     assert not torch.equal(dataset[2, 2]["pixel_values"], first)
-    other_seed = data.PhotoDataset(dataset.rows, dataset.transform, seed=4)
+    other_seed = loaders.PhotoDataset(dataset.rows, dataset.transform, seed=4)
     assert not torch.equal(other_seed[1, 2]["pixel_values"], first)
 
 
@@ -185,7 +186,7 @@ def test_threads_change_nothing(dataset):
 def test_workers_change_nothing(dataset):
     batches = []
     for workers in (0, 2):
-        loader = data.train_loader(dataset, 3, num_workers=workers)
+        loader = loaders.train_loader(dataset, 3, num_workers=workers)
         for epoch in (1, 2):
             loader.batch_sampler.seek(epoch)
             batches.append([batch["pixel_values"] for batch in loader])
@@ -197,19 +198,19 @@ def test_workers_change_nothing(dataset):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 4), (9, 4), (7, 7), (5, 8)])
 def test_processes_share_out_the_batches_of_one(size, batch_size, world_size):
-    whole = list(data.StepSampler(size, batch_size, seed=1))
-    shares = [list(data.StepSampler(size, batch_size, 1, rank, world_size)) for rank in range(world_size)]
+    whole = list(loaders.StepSampler(size, batch_size, seed=1))
+    shares = [list(loaders.StepSampler(size, batch_size, 1, rank, world_size)) for rank in range(world_size)]
     for number, batch in enumerate(whole):
         parts = [share[number] for share in shares]
         assert all(parts), "a process without a photo would leave the others waiting"
-        real = [key for part in parts for key in part if key[1] != data.PhotoDataset.PADDING]
+        real = [key for part in parts for key in part if key[1] != loaders.PhotoDataset.PADDING]
         assert sorted(real) == sorted(batch)
     assert sorted(index for batch in whole for _, index in batch) == list(range(size))
-    assert data.StepSampler(size, batch_size, 1).step_sizes() == [len(batch) for batch in whole]
+    assert loaders.StepSampler(size, batch_size, 1).step_sizes() == [len(batch) for batch in whole]
 
 
 def test_every_epoch_has_an_order_of_its_own():
-    sampler = data.StepSampler(50, 50, seed=1)
+    sampler = loaders.StepSampler(50, 50, seed=1)
     orders = []
     for epoch in (1, 2, 1):
         sampler.seek(epoch)
@@ -218,16 +219,16 @@ def test_every_epoch_has_an_order_of_its_own():
 
 
 def test_the_padding_photo_is_left_out_of_the_loss(dataset):
-    padded = dataset[1, data.PhotoDataset.PADDING]
+    padded = dataset[1, loaders.PhotoDataset.PADDING]
     logits = torch.randn(1, 2)
     loss = torch.nn.functional.cross_entropy(
-        logits, torch.tensor([padded["labels"]]), reduction="sum", ignore_index=data.IGNORED_LABEL
+        logits, torch.tensor([padded["labels"]]), reduction="sum", ignore_index=loaders.IGNORED_LABEL
     )
     assert loss == 0
 
 
 def test_the_showcase_is_the_chapters(folder):
-    first, last, titles = data.sample_photos(data.load_photos(folder)["train"], "b", count=2)
+    first, last, titles = sample_photos(load_photos(folder)["train"], "b", count=2)
     assert titles == ("b", "a")
     assert [image.tobytes() for image in first] == [
         images.decode_image(folder / "train/b" / name).tobytes() for name in ("000.png", "001.png")

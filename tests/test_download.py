@@ -15,7 +15,8 @@ import pytest
 import requests
 from conftest import ROOT, run
 
-from hotdog_hf import data, download
+from hotdog_hf.data import download
+from hotdog_hf.data.splits import load_photos
 from hotdog_hf.errors import UserError
 
 
@@ -80,7 +81,7 @@ def test_the_script_fetches_checks_and_unpacks(good_zip, photos_dir, tmp_path):
         done = run(*command, "--data-dir", tmp_path / "data/photos")
         assert done.returncode == 0, done.stderr
         assert "100%" in done.stderr and str(tmp_path / "data/photos") in done.stdout
-        assert len(data.load_photos(tmp_path / "data/photos")["train"]) == 25
+        assert len(load_photos(tmp_path / "data/photos")["train"]) == 25
         run(*command, "--data-dir", tmp_path / "data/photos")
         assert run(*command, "--data-dir", tmp_path / "data/again").returncode == 0
     assert asked == [(0, len(good_zip))], "the folder and the zip beside it are found again"
@@ -167,7 +168,7 @@ def test_a_download_cut_off_goes_on_where_it_ended(good_zip, tmp_path, cut):
         download.download_photos(tmp_path / "photos", url, sha1(good_zip))
     assert asked == [(0, cut), (size, whole - size)]
     assert left(tmp_path) == ["hotdog.zip", "photos"]
-    assert len(data.load_photos(tmp_path / "photos")["train"]) == 25
+    assert len(load_photos(tmp_path / "photos")["train"]) == 25
 
 
 def test_the_progress_bar_of_a_resumed_download_starts_where_it_ended(good_zip, tmp_path, capfd):
@@ -268,7 +269,7 @@ def test_two_processes_downloading_at_once_end_with_one_whole_folder(good_zip, t
         command = ("python", ROOT / "scripts/download.py", "--url", url, "--sha1", sha1(good_zip))
         runs = [pool.submit(run, *command, "--data-dir", tmp_path / "data/photos") for _ in range(2)]
         assert [started.result().returncode for started in runs] == [0, 0], runs[0].result().stderr
-    assert len(data.load_photos(tmp_path / "data/photos")["train"]) == 25
+    assert len(load_photos(tmp_path / "data/photos")["train"]) == 25
     assert len(asked) == 1 and left(tmp_path / "data") == ["hotdog.zip", "photos"]
 
 

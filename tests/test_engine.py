@@ -7,8 +7,9 @@ import safetensors.torch
 import torch
 from conftest import ROOT, run
 
-from hotdog_hf import data, engine
+from hotdog_hf.data import loaders
 from hotdog_hf.errors import UserError
+from hotdog_hf.training import engine, launch
 
 TWO_PROCESSES = (
     "accelerate", "launch", "--config_file", ROOT / "accelerate_config.yaml", "--num_processes", 2,
@@ -73,8 +74,8 @@ class Numbered(torch.utils.data.Dataset):
 
 
 def test_predictions_come_in_order_one_a_photo():
-    accelerator = engine.build_accelerator("no", num_threads=1)
-    loader = accelerator.prepare(data.eval_loader(Numbered(11), 4))
+    accelerator = launch.build_accelerator("no", num_threads=1)
+    loader = accelerator.prepare(loaders.eval_loader(Numbered(11), 4))
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1, 2))
     probabilities, labels = engine.predict(accelerator, net, loader)
     expected = net(torch.arange(11.0)[:, None]).softmax(dim=1)
@@ -86,7 +87,7 @@ def test_predictions_come_in_order_one_a_photo():
 def test_a_world_that_is_not_the_one_launched_is_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # without RANK and MASTER_ADDR the process sees itself alone
     with pytest.raises(UserError, match="2 processes were asked for, but this one sees 1"):
-        engine.build_accelerator("no")
+        launch.build_accelerator("no")
 
 
 def test_a_launcher_that_starts_one_process_of_two_is_an_error(photos_dir, tmp_path, train):
@@ -103,36 +104,36 @@ def test_a_launcher_that_starts_one_process_of_two_is_an_error(photos_dir, tmp_p
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="says something of CPUs")
 def test_on_a_cpu_precision_is_float32_unless_asked_and_never_fp16(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert engine.precision_of(engine.build_accelerator("auto", num_threads=1)) == "no"
+    assert launch.precision_of(launch.build_accelerator("auto", num_threads=1)) == "no"
     for precision in ("fp16", "tf32"):
         with pytest.raises(UserError, match=f"{precision} does nothing on a CPU"):
-            engine.build_accelerator(precision)
+            launch.build_accelerator(precision)
     assert os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
 
 
 def test_float32_is_float32_in_convolutions_too(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's own default
-    accelerator = engine.build_accelerator("no", num_threads=1)
+    accelerator = launch.build_accelerator("no", num_threads=1)
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-    assert "float32" in engine.describe_hardware(accelerator)
+    assert "float32" in launch.describe_hardware(accelerator)
 
 
 def test_a_missing_tracker_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[wandb\]"'):
-        engine.build_accelerator("no", "wandb")
+        launch.build_accelerator("no", "wandb")
 
 
 def test_a_launcher_that_compiles_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(UserError, match="--dynamo_backend and give --compile"):
-        engine.build_accelerator()
+        launch.build_accelerator()
 
 
 def test_deepspeed_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match=r"DEEPSPEED is not built in here; .* configs/fsdp.yaml"):
-        engine.build_accelerator()
+        launch.build_accelerator()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_pieces_that_would_not_work_are_refused(monkeypatch, version, may_shard,
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", version)
     with pytest.raises(UserError, match=message):
-        engine.build_accelerator(precision, num_threads=1, may_shard=may_shard)
+        launch.build_accelerator(precision, num_threads=1, may_shard=may_shard)
 
 
 def test_a_compiled_network_learns_the_same_and_keeps_its_names(

@@ -9,16 +9,17 @@ import torch
 from conftest import ROOT, TINY_MODEL, run
 from test_hub import target
 
-from hotdog_hf import hub, model
 from hotdog_hf.errors import UserError
-from hotdog_hf.export import export_onnx
-from hotdog_hf.inference import load_predictor
+from hotdog_hf.model import network
+from hotdog_hf.model.export import export_onnx
+from hotdog_hf.model.predictor import load_predictor
+from hotdog_hf.model.saved import load_model, save_model
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     torch.manual_seed(0)
-    return hub.save_model(target(), tmp_path_factory.mktemp("saved") / "model")
+    return save_model(target(), tmp_path_factory.mktemp("saved") / "model")
 
 
 @pytest.mark.parametrize("name", [TINY_MODEL, "test_vit", "test_convnext"])
@@ -26,13 +27,13 @@ def saved(tmp_path_factory):
 def test_an_exported_model_says_what_the_saved_one_says(tmp_path, name, opset):
     torch.manual_seed(0)
     net = target(name, ("a b", "ü", "<img>"))
-    saved, out = hub.save_model(net, tmp_path / "model"), tmp_path / "new/model.onnx"
+    saved, out = save_model(net, tmp_path / "model"), tmp_path / "new/model.onnx"
     assert 0 <= export_onnx(saved, out, opset) < 1e-4
     assert [path.name for path in out.parent.iterdir()] == ["model.onnx"]
     assert onnx.load(out).opset_import[0].version == opset
     ours, theirs = load_predictor(out), load_predictor(saved)
     assert ours.label_names == theirs.label_names == ["a b", "ü", "<img>"]
-    assert ours.data_config == json.loads(json.dumps(model.data_config_of(net)))
+    assert ours.data_config == json.loads(json.dumps(network.data_config_of(net)))
     for batch_size in (1, 2, 7):
         images = np.random.default_rng(batch_size).integers(0, 256, (batch_size, 64, 64, 3), np.uint8)
         actual = ours.probabilities(images)
@@ -57,10 +58,10 @@ class LooksAtTheBatchSize(torch.nn.Module):
 
 
 def test_a_model_that_comes_out_different_is_not_written(saved, tmp_path, monkeypatch):
-    net = hub.load_model(saved)
-    data_config = model.data_config_of(net)
-    monkeypatch.setattr(hub, "load_model", lambda name: LooksAtTheBatchSize(net).eval())
-    monkeypatch.setattr(model, "data_config_of", lambda net: data_config)
+    net = load_model(saved)
+    data_config = network.data_config_of(net)
+    monkeypatch.setattr("hotdog_hf.model.saved.load_model", lambda name: LooksAtTheBatchSize(net).eval())
+    monkeypatch.setattr("hotdog_hf.model.network.data_config_of", lambda net: data_config)
     (tmp_path / "model.onnx").write_text("an earlier one")
     with pytest.raises(UserError, match=r"as ONNX is .* away from PyTorch"):
         export_onnx(saved, tmp_path / "model.onnx")
@@ -69,15 +70,15 @@ def test_a_model_that_comes_out_different_is_not_written(saved, tmp_path, monkey
 
 
 def test_nan_is_no_agreement(saved, tmp_path, monkeypatch):
-    net = hub.load_model(saved)
+    net = load_model(saved)
     net.get_classifier().bias.data.fill_(float("nan"))
-    monkeypatch.setattr(hub, "load_model", lambda name: net)
+    monkeypatch.setattr("hotdog_hf.model.saved.load_model", lambda name: net)
     with pytest.raises(UserError, match="nan away"):
         export_onnx(saved, tmp_path / "model.onnx")
 
 
 def test_what_the_exporter_cannot_do_is_one_line(tmp_path):
-    saved = hub.save_model(target("test_vit"), tmp_path / "model")
+    saved = save_model(target("test_vit"), tmp_path / "model")
     with pytest.raises(UserError, match=r"cannot export .* with opset 9: .*aten::") as caught:
         export_onnx(saved, tmp_path / "out/model.onnx", opset=9)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
@@ -100,7 +101,7 @@ def test_without_the_extra_it_says_what_to_install(saved, tmp_path, monkeypatch,
 
 
 def test_the_script_says_what_it_wrote(tmp_path):
-    saved = hub.save_model(target("test_vit"), tmp_path / "model")  # of which the exporter warns much
+    saved = save_model(target("test_vit"), tmp_path / "model")  # of which the exporter warns much
     done = run("python", ROOT / "scripts/export.py", saved, tmp_path / "model.onnx", "--opset", 18)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path}/model.onnx: ONNX opset 18, probabilities within ")

@@ -12,8 +12,13 @@ from test_engine import TWO_PROCESSES
 from test_resume import assert_same_run, numbers_of, train_here
 from test_scripts import metrics_of
 
-from hotdog_hf import data, engine, features, machine, model
+from hotdog_hf import machine
+from hotdog_hf.data import loaders, transforms
+from hotdog_hf.data.splits import load_photos
 from hotdog_hf.errors import UserError
+from hotdog_hf.model import network
+from hotdog_hf.model.source import create_source, source_data_config
+from hotdog_hf.training import engine, features, launch
 
 
 @pytest.fixture(autouse=True)
@@ -39,20 +44,18 @@ def computed(monkeypatch):
 @pytest.fixture
 def net(tiny_weights):
     torch.manual_seed(0)
-    source = model.create_source(TINY_MODEL, str(tiny_weights))
-    return model.replace_head(
-        source, ["hotdog", "not-hotdog"], model.source_data_config(source, "chapter", 64)
-    )
+    source = create_source(TINY_MODEL, str(tiny_weights))
+    return network.replace_head(source, ["hotdog", "not-hotdog"], source_data_config(source, "chapter", 64))
 
 
 @pytest.fixture
 def photo_set(net, photos_dir):
-    photos = data.load_photos(photos_dir)["train"]
-    return data.PhotoDataset(photos, data.eval_transform(model.data_config_of(net)), seed=3)
+    photos = load_photos(photos_dir)["train"]
+    return loaders.PhotoDataset(photos, transforms.eval_transform(network.data_config_of(net)), seed=3)
 
 
 def features_of(net, photo_set, facts="these photos", batch_size=8):
-    accelerator = engine.build_accelerator("no", num_threads=1)
+    accelerator = launch.build_accelerator("no", num_threads=1)
     knobs = {"batch_size": batch_size, "num_workers": 0, "title": str(facts)}
     return features.pooled_features(accelerator, net, photo_set, facts, **knobs)
 
@@ -105,7 +108,7 @@ def test_other_facts_fewer_photos_or_another_batch_size_are_computed(net, photo_
         features_of(net, photo_set, facts)
     assert len(computed) == 3
     features_of(net, photo_set, {"a": [1, 2]}, batch_size=5)
-    fewer = data.PhotoDataset(photo_set.rows.select(range(24)), photo_set.transform)
+    fewer = loaders.PhotoDataset(photo_set.rows.select(range(24)), photo_set.transform)
     features_of(net, fewer, {"a": [1, 2]})
     assert len(computed) == 5
 

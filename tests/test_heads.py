@@ -13,8 +13,12 @@ from sklearn.preprocessing import StandardScaler
 from test_resume import numbers_of, train_here
 from test_scripts import metrics_of
 
-from hotdog_hf import data, heads, hub, model
+from hotdog_hf.data import loaders, transforms
+from hotdog_hf.data.splits import load_photos, names_of
 from hotdog_hf.errors import UserError
+from hotdog_hf.model import heads, network
+from hotdog_hf.model.saved import load_model
+from hotdog_hf.model.source import create_source, source_data_config
 
 OURS = ["hotdog", "not-hotdog"]
 
@@ -22,7 +26,7 @@ OURS = ["hotdog", "not-hotdog"]
 @pytest.fixture
 def source(tiny_weights):
     """The tiny model with 1000 classes that are as unlike as those of a trained one."""
-    net = model.create_source(TINY_MODEL, str(tiny_weights)).eval()
+    net = create_source(TINY_MODEL, str(tiny_weights)).eval()
     with torch.no_grad():
         net.get_classifier().weight.mul_(20)
         net.get_classifier().bias.normal_(generator=torch.Generator().manual_seed(0))
@@ -31,14 +35,14 @@ def source(tiny_weights):
 
 def photos_as(net, rows):
     """All photos of a split as one batch [N, 3, 64, 64], and their labels [N]."""
-    photo_set = data.PhotoDataset(rows, data.eval_transform(model.data_config_of(net)))
+    photo_set = loaders.PhotoDataset(rows, transforms.eval_transform(network.data_config_of(net)))
     return network_inputs(photo_set), torch.as_tensor(photo_set.labels)
 
 
 @pytest.fixture
 def images(source, photos_dir):
-    source.pretrained_cfg |= model.source_data_config(source, "chapter", 64)
-    return photos_as(source, data.load_photos(photos_dir)["train"])[0]
+    source.pretrained_cfg |= source_data_config(source, "chapter", 64)
+    return photos_as(source, load_photos(photos_dir)["train"])[0]
 
 
 @torch.no_grad()
@@ -47,7 +51,7 @@ def answers_of(source, images, sources):
     features = source.forward_head(source.forward_features(images), pre_logits=True)
     logits, source_head = source(images), source.get_classifier()
     names = [str(index) for index in range(len(sources))]
-    net = model.replace_head(source, names, model.data_config_of(source)).eval()
+    net = network.replace_head(source, names, network.data_config_of(source)).eval()
     heads.set_head(net, *heads.class_vector_head(source_head, features.numpy(), sources))
     return logits, net(images)
 
@@ -114,7 +118,7 @@ def test_source_classes_are_found_by_name_or_index(source, ours, given, expected
 
 
 def test_a_saved_models_own_names_are_found(source):
-    saved = model.replace_head(source, ["Chili dog", "hot_dog", "salad"], model.data_config_of(source))
+    saved = network.replace_head(source, ["Chili dog", "hot_dog", "salad"], network.data_config_of(source))
     assert heads.match_classes(saved, ["hot-dog", "not-hotdog"], []) == [1, None]
     assert heads.match_classes(saved, OURS, ["hotdog=chili-dog", "not-hotdog=2"]) == [0, 2]
     with pytest.raises(UserError, match="--source-class hotdog=934: the source has no class '934'"):
@@ -225,7 +229,7 @@ def test_a_feature_that_is_the_same_on_every_photo_takes_no_part():
 @torch.no_grad()
 def scores_of(run_dir, rows):
     """Accuracy and loss of a run's saved model on these photos."""
-    net = hub.load_model(run_dir / "model")
+    net = load_model(run_dir / "model")
     images, labels = photos_as(net, rows)
     logits = net(images)
     accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
@@ -240,13 +244,13 @@ def test_the_probe_recipe_solves_judges_and_saves_without_a_step(tiny_weights, p
     train_here(tiny_weights, photos_dir, tmp_path / "run", "--recipe", "probe")
     zero, final = numbers_of(tmp_path / "run")
     assert zero["epoch"] == 0 and final["final"]
-    photos = data.load_photos(photos_dir)
+    photos = load_photos(photos_dir)
     for row in (zero, final):
         assert_scores(row, "train", scores_of(tmp_path / "run", photos["train"]))
         assert_scores(row, "test", scores_of(tmp_path / "run", photos["test"]))
     with (tmp_path / "run/predictions.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [line["file"] for line in lines] == data.names_of(photos["test"], photos_dir)
+    assert [line["file"] for line in lines] == names_of(photos["test"], photos_dir)
     assert np.mean([line["true_label"] == line["predicted_label"] for line in lines]) == pytest.approx(
         final["test_accuracy"]
     )
@@ -262,9 +266,9 @@ def test_the_class_vector_recipe_is_judged_before_its_first_step(tiny_weights, p
     assert speeds[2] == pytest.approx(speeds[1]) != speeds[0]  # not that of solving the head
     assert zero["learning_rate"] == 0 and one["learning_rate"] == pytest.approx(5e-4)
     assert zero == numbers_of(tmp_path / "zero")[0]
-    assert_scores(zero, "test", scores_of(tmp_path / "zero", data.load_photos(photos_dir)["test"]))
-    plain = model.create_source(TINY_MODEL, str(tiny_weights)).eval()
-    net = hub.load_model(tmp_path / "zero/model")
+    assert_scores(zero, "test", scores_of(tmp_path / "zero", load_photos(photos_dir)["test"]))
+    plain = create_source(TINY_MODEL, str(tiny_weights)).eval()
+    net = load_model(tmp_path / "zero/model")
     with torch.no_grad():
         torch.testing.assert_close(net(images)[:, 0], plain(images)[:, 934], rtol=1e-5, atol=1e-5)
 
@@ -280,6 +284,6 @@ def test_the_best_recipe_keeps_the_better_of_start_and_end(tiny_weights, photos_
     assert [row["epoch"] for row in rows] == [0, 1] and "test_loss" not in rows[0]
     better = rows[1]["validation_loss"] < rows[0]["validation_loss"]
     assert (better and rows[1]["validation_accuracy"] >= rows[0]["validation_accuracy"]) is bool(kept)
-    photos = data.load_photos(photos_dir, val_fraction=0.3)
+    photos = load_photos(photos_dir, val_fraction=0.3)
     assert_scores(rows[kept], "validation", scores_of(tmp_path / "run", photos["validation"]))
     assert_scores(final, "test", scores_of(tmp_path / "run", photos["test"]))

@@ -5,13 +5,14 @@ import timm
 import torch
 from conftest import TINY_MODEL
 
-from hotdog_hf import hub, model
 from hotdog_hf.errors import UserError
+from hotdog_hf.model import network, saved
+from hotdog_hf.model.source import create_source, source_data_config
 
 
 def target(name=TINY_MODEL, label_names=("hotdog", "not-hotdog")):
-    source = model.create_source(name, "none", image_size=64)
-    net = model.replace_head(source, list(label_names), model.source_data_config(source, "chapter", 64))
+    source = create_source(name, "none", image_size=64)
+    net = network.replace_head(source, list(label_names), source_data_config(source, "chapter", 64))
     return net.to(memory_format=torch.channels_last).eval()
 
 
@@ -19,17 +20,17 @@ def target(name=TINY_MODEL, label_names=("hotdog", "not-hotdog")):
 @pytest.mark.parametrize("label_names", [("hotdog", "not-hotdog"), ("a b", "ü", "<img>")])
 def test_a_saved_model_comes_back_the_same(tmp_path, name, label_names):
     net = target(name, label_names)
-    loaded = hub.load_model(hub.save_model(net, tmp_path / "model"))
+    loaded = saved.load_model(saved.save_model(net, tmp_path / "model"))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), net(images), rtol=0, atol=1e-6)
-    assert model.label_names_of(loaded) == list(label_names)
-    assert model.data_config_of(loaded) == model.data_config_of(net)
+    assert network.label_names_of(loaded) == list(label_names)
+    assert network.data_config_of(loaded) == network.data_config_of(net)
     assert not loaded.training
 
 
 def test_the_folder_is_timms_own_without_pickle_or_the_sources_identity(tmp_path):
-    folder = hub.save_model(target(), tmp_path / "model")
+    folder = saved.save_model(target(), tmp_path / "model")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     assert "num_classes" not in config.get("model_args", {}) and config["num_classes"] == 2
@@ -40,20 +41,20 @@ def test_the_folder_is_timms_own_without_pickle_or_the_sources_identity(tmp_path
 
 
 def test_saving_again_replaces_the_folder_and_leaves_nothing_beside_it(tmp_path):
-    hub.save_model(target(), tmp_path / "model")
+    saved.save_model(target(), tmp_path / "model")
     (tmp_path / "model.part").mkdir()  # of a run that was killed while it saved
     second = target()
-    hub.save_model(second, tmp_path / "model")
+    saved.save_model(second, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert torch.equal(
-        hub.load_model(tmp_path / "model").state_dict()["fc.bias"], second.state_dict()["fc.bias"]
+        saved.load_model(tmp_path / "model").state_dict()["fc.bias"], second.state_dict()["fc.bias"]
     )
 
 
 def test_saving_leaves_the_model_in_training_alone(tmp_path):
     net = target().train()
     before = net.conv1[0].weight.stride()
-    hub.save_model(net, tmp_path / "model")
+    saved.save_model(net, tmp_path / "model")
     assert net.training and net.conv1[0].weight.stride() == before and "label_names" in net.pretrained_cfg
 
 
@@ -73,7 +74,7 @@ def test_saving_leaves_the_model_in_training_alone(tmp_path):
     ],
 )  # fmt: skip
 def test_a_folder_that_is_no_model_is_one_line(tmp_path, harm, message):
-    folder = hub.save_model(target(), tmp_path / "model")
+    folder = saved.save_model(target(), tmp_path / "model")
     harm(folder)
     with pytest.raises(UserError, match=message):
-        hub.load_model(folder)
+        saved.load_model(folder)

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hotdog_hf.data.images import decode_image
 from hotdog_hf.errors import UserError
-from hotdog_hf.images import decode_image
 
 
 def save_exif(path, image, orientation):

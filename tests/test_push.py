@@ -14,7 +14,7 @@ from conftest import ROOT, TINY_MODEL, draw_photos, run
 from loopback_hub import LoopbackHub
 from test_hub import target
 
-from hotdog_hf import hub
+from hotdog_hf.model.saved import load_model, save_model
 
 PHOTOS = ("test/hotdog/000.png", "test/hotdog/001.png", "test/not-hotdog/000.png")
 
@@ -87,7 +87,7 @@ def test_every_loader_says_the_same_from_the_hub_and_from_the_folder(pushed, pho
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 def test_other_families_and_three_classes_load_everywhere_too(name, photos_dir, tmp_path):
     label_names = ("a b", "hotdog", "ü")
-    hub.save_model(target(name, label_names), tmp_path / "model")
+    save_model(target(name, label_names), tmp_path / "model")
     assert_all_agree(answers_of(tmp_path / "model", "local", photos_dir), label_names)
 
 
@@ -184,7 +184,7 @@ def test_a_failed_upload_keeps_the_model_and_says_how_to_push_later(train, photo
     folder = tmp_path / "run/model"
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"push it later with `python scripts/push.py {folder} tester/late`" in done.stderr
-    assert "test acc" in done.stdout and hub.load_model(folder).num_classes == 2
+    assert "test acc" in done.stdout and load_model(folder).num_classes == 2
     done = run("python", ROOT / "scripts/push.py", folder, "tester/late", **env)
     assert done.returncode == 0, done.stderr
     assert "model.safetensors" in server.repos["model", "tester/late"].at("main").files
@@ -255,7 +255,7 @@ def test_a_data_set_that_cannot_be_used_is_one_line(train, photos_dir, env, tmp_
 
 
 def test_the_models_own_folder_wins_over_a_hub_name_of_the_same_spelling(tmp_path, monkeypatch):
-    hub.save_model(target(TINY_MODEL), tmp_path / "user/name")
+    save_model(target(TINY_MODEL), tmp_path / "user/name")
     monkeypatch.chdir(tmp_path)
-    assert hub.load_model("user/name").num_classes == 2
+    assert load_model("user/name").num_classes == 2
     shutil.rmtree(tmp_path / "user")

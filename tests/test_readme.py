@@ -11,7 +11,9 @@ from conftest import ROOT, TINY_MODEL, run
 from loopback_hub import LoopbackHub
 from test_hub import target
 
-from hotdog_hf import data, hub, stream
+from hotdog_hf.data import stream
+from hotdog_hf.data.splits import load_photos
+from hotdog_hf.model import saved
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GATE = (ROOT / ".ci/run").read_text(encoding="utf-8")
@@ -46,7 +48,7 @@ def tiny(words, photos_dir, tiny_weights, run_dir):
     words = [str(photos_dir) if word in ("my/photos", "data/sample") else word for word in words]
     if "my/shards" in words:
         shards = run_dir.parent / "shards"
-        stream.write_shards(data.load_photos(photos_dir), shards, 30, seed=0)
+        stream.write_shards(load_photos(photos_dir), shards, 30, seed=0)
         words = [str(shards) if word == "my/shards" else word for word in words]
     words = [str(tiny_weights) if word in ("my.safetensors", "bundled") else word for word in words]
     words = [TINY_MODEL if word == "tf_efficientnet_lite0" else word for word in words]
@@ -104,7 +106,7 @@ OTHER_COMMANDS = [
 
 def test_the_other_commands_work_one_after_the_other(photos_dir, tmp_path):
     for name in ("demo", "mine"):
-        hub.save_model(target(), tmp_path / "runs" / name / "model")
+        saved.save_model(target(), tmp_path / "runs" / name / "model")
     shutil.copytree(photos_dir / "train", tmp_path / "pictures")
     shutil.copy(photos_dir / "test/hotdog/000.png", tmp_path / "photo.jpg")
     with LoopbackHub({"hf_test_token": "user"}) as server:
@@ -141,7 +143,7 @@ def test_pip_commands_name_what_exists(command):
 
 
 def test_the_python_snippet_runs(photos_dir, tmp_path):
-    hub.save_model(target(), tmp_path / "model")
+    saved.save_model(target(), tmp_path / "model")
     snippet = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
     assert "runs/demo/model" in snippet and "data/sample/test/hotdog/0000.jpg" in snippet
     snippet = snippet.replace("runs/demo/model", str(tmp_path / "model"))

@@ -18,9 +18,16 @@ from PIL import Image
 from test_engine import TWO_PROCESSES
 from test_hub import target
 
-from hotdog_hf import data, hub, model, report
+from hotdog_hf.data import transforms
+from hotdog_hf.data.images import read_photo
+from hotdog_hf.data.splits import decode_image, load_photos, names_of
 from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import ClassificationReport
+from hotdog_hf.model import network, saved
+from hotdog_hf.report import gradcam
+from hotdog_hf.report.page import FILES, check_output_dir, image_uri, write_report
+from hotdog_hf.report.runner import galleries, run_knobs, validation_cut
+from hotdog_hf.report.scores import _weighted, choose_threshold, label_order, normalise_rows, summarise
 
 REPORT = ROOT / "scripts/report.py"
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -74,11 +81,11 @@ def write(folder, names, positive_label=None, count=40, files=None, threshold=No
     about |= {"positive_label": positive_label, "threshold": threshold}
     pictures = {
         group: [{"index": index, "photo": "data:,", "overlay": seen} for index in indices]
-        for group, indices in report.galleries(probabilities, labels).items()
+        for group, indices in galleries(probabilities, labels).items()
     }
-    report.write_report(
+    write_report(
         folder,
-        about | report.summarise(probabilities, labels, names, positive_label),
+        about | summarise(probabilities, labels, names, positive_label),
         files=files or [f"{index}.jpg" for index in range(count)],
         probabilities=probabilities,
         labels=labels,
@@ -100,7 +107,7 @@ def table(folder):
 def test_the_values_are_those_of_training_and_lie_in_their_intervals(classes, positive):
     names = [str(index) for index in range(classes)]
     probabilities, labels = guesses(60, classes)
-    summary = report.summarise(probabilities, labels, names, positive)
+    summary = summarise(probabilities, labels, names, positive)
     expected = ClassificationReport(names, positive).compute(predictions=probabilities, references=labels)
     assert summary["confusion_matrix"] == expected.pop("confusion_matrix")
     values = summary["values"]
@@ -109,8 +116,8 @@ def test_the_values_are_those_of_training_and_lie_in_their_intervals(classes, po
         assert values[name]["value"] == value
         assert values[name]["low"] < value < values[name]["high"], name
     # What is resampled is the same number: with every photo counted once it is scikit-learn's.
-    once = report._weighted(
-        report._normalised(probabilities), labels, np.ones((1, 60)), positive and names.index(positive)
+    once = _weighted(
+        normalise_rows(probabilities), labels, np.ones((1, 60)), positive and names.index(positive)
     )
     np.testing.assert_allclose([once[name][0] for name in expected], list(expected.values()), atol=1e-12)
     for index, name in enumerate(names):
@@ -122,7 +129,7 @@ def test_the_values_are_those_of_training_and_lie_in_their_intervals(classes, po
 def test_a_photo_of_weight_two_is_a_photo_seen_twice():
     probabilities, labels = guesses(30, 3)
     weights = np.random.default_rng(0).integers(0, 4, (5, 30))
-    weighed = report._weighted(report._normalised(probabilities), labels, weights, None)
+    weighed = _weighted(normalise_rows(probabilities), labels, weights, None)
     for number, row in enumerate(weights):
         twice = np.repeat(probabilities, row, axis=0), np.repeat(labels, row)
         values = ClassificationReport(["a", "b", "c"]).compute(predictions=twice[0], references=twice[1])
@@ -133,34 +140,34 @@ def test_a_photo_of_weight_two_is_a_photo_seen_twice():
 
 def test_brier_score_and_calibration_error_by_hand():
     rows, labels = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [1.0, 0.0]]), np.array([0, 1, 1, 0])
-    values = report.summarise(rows, labels, ["a", "b"], "a")["values"]
+    values = summarise(rows, labels, ["a", "b"], "a")["values"]
     # Two classes: the square of one of them. Bins: 0.9 twice, half of them right; 0.6, right; 1.0, right.
     assert values["brier"]["value"] == pytest.approx((0.01 + 0.81 + 0.16 + 0) / 4)
     assert values["calibration_error"]["value"] == pytest.approx(abs(1 + 0 - 1.8) / 4 + 0.4 / 4 + 0)
     rows, labels = np.array([[0.6, 0.3, 0.1], [0.2, 0.3, 0.5], [0.1, 0.8, 0.1]]), np.array([0, 1, 2])
-    values = report.summarise(rows, labels, ["a", "b", "c"], None)["values"]
+    values = summarise(rows, labels, ["a", "b", "c"], None)["values"]
     assert values["brier"]["value"] == pytest.approx((0.26 + (0.04 + 0.49 + 0.25) + (0.01 + 0.64 + 0.81)) / 3)
     assert values["calibration_error"]["value"] == pytest.approx((0.4 + 0.5 + 0.8) / 3)
 
 
 def test_intervals_narrow_with_more_photos_and_repeat():
-    few, many = (report.summarise(*guesses(count), ["a", "b"], "a")["values"] for count in (50, 1800))
+    few, many = (summarise(*guesses(count), ["a", "b"], "a")["values"] for count in (50, 1800))
     for name in few:
         widths = [values[name]["high"] - values[name]["low"] for values in (few, many)]
         assert 2.5 < widths[0] / widths[1] < 16, name  # about the square root of 36
-    assert report.summarise(*guesses(50), ["a", "b"], "a")["values"] == few
+    assert summarise(*guesses(50), ["a", "b"], "a")["values"] == few
 
 
 def test_a_resample_without_a_class_is_left_out_of_its_area():
     rows, labels = np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]), np.array([0, 1, 1])
-    values = report.summarise(rows, labels, ["a", "b"], "a")["values"]
+    values = summarise(rows, labels, ["a", "b"], "a")["values"]
     assert values["roc_auc"] == {"value": 1, "low": 1, "high": 1}
 
 
 def test_the_label_order_is_the_models_and_other_classes_are_refused():
-    assert report.label_order(["a", "b", "c"], ["c", "a", "b"]).tolist() == [1, 2, 0]
+    assert label_order(["a", "b", "c"], ["c", "a", "b"]).tolist() == [1, 2, 0]
     with pytest.raises(UserError, match=r"'A' \(only in the model\), 'a' \(only in the data\)"):
-        report.label_order(["a", "b"], ["A", "b"])
+        label_order(["a", "b"], ["A", "b"])
 
 
 def test_the_threshold_is_validations():
@@ -168,11 +175,11 @@ def test_the_threshold_is_validations():
     validation = np.stack([1 - score, score], axis=1), truth
     score = np.array([0.34, 0.35, 0.6])
     test = np.stack([1 - score, score], axis=1), np.array([1, 1, 0])
-    chosen = report.choose_threshold({"test": test, "validation": validation}, positive=1)
+    chosen = choose_threshold({"test": test, "validation": validation}, positive=1)
     assert chosen["value"] == 0.35
     assert chosen["validation"] == pytest.approx({"precision": 1 / 2, "recall": 1, "f1": 2 / 3})
     assert chosen["test"] == pytest.approx({"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2})
-    on_test_alone = report.choose_threshold({"validation": test}, positive=1)
+    on_test_alone = choose_threshold({"validation": test}, positive=1)
     assert on_test_alone["value"] == 0.34  # so the one above is not its
 
 
@@ -180,7 +187,7 @@ def test_the_galleries_are_the_surest_mistakes_and_the_least_sure_answers():
     sure = np.linspace(0.51, 0.99, 40)
     rows = np.stack([sure, 1 - sure], axis=1)
     labels = np.arange(40) % 2  # every other one a mistake
-    chosen = report.galleries(rows, labels)
+    chosen = galleries(rows, labels)
     assert chosen["mistakes"] == list(range(39, 15, -2))
     assert chosen["unsure"] == list(range(12))
 
@@ -192,7 +199,7 @@ def test_grad_cam_is_a_map_of_the_input_where_there_is_one(name):
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=3).eval()
     side = net.pretrained_cfg["input_size"][-1]
-    maps = [report.grad_cam(net, torch.randn(3, side, side), target) for target in range(3)]
+    maps = [gradcam.grad_cam(net, torch.randn(3, side, side), target) for target in range(3)]
     if name == "test_vit":
         assert maps == [None] * 3
         return
@@ -210,21 +217,21 @@ def test_grad_cam_points_at_what_the_answer_comes_from():
     net.feature_info = [{"module": "0.0", "num_chs": 2}]
     pixels = torch.zeros(3, 8, 10)
     pixels[0, :, :3] = pixels[2, :, 6:] = 1
-    red, blue = (report.grad_cam(net, pixels, target) for target in (0, 1))
+    red, blue = (gradcam.grad_cam(net, pixels, target) for target in (0, 1))
     assert (red[:, :3] == 1).all() and (red[:, 3:] == 0).all()
     assert (blue[:, 6:] == 1).all() and (blue[:, :6] == 0).all()
-    seen = report.overlay(pixels, red, {"mean": (0, 0, 0), "std": (1, 1, 1)})
+    seen = gradcam.overlay(pixels, red, {"mean": (0, 0, 0), "std": (1, 1, 1)})
     assert seen.size == (10, 8) and seen.getpixel((8, 0)) == (0, 0, 255)  # left as it was
     net.feature_info = [{"module": "0.0", "num_chs": 8}]  # channels elsewhere than second, as Swin's are
-    assert report.grad_cam(net, pixels, 0) is None
+    assert gradcam.grad_cam(net, pixels, 0) is None
     net.feature_info = [{"module": "gone", "num_chs": 2}]
-    assert report.grad_cam(net, pixels, 0) is None
+    assert gradcam.grad_cam(net, pixels, 0) is None
     del net.feature_info
-    assert report.grad_cam(net, pixels, 0) is None
+    assert gradcam.grad_cam(net, pixels, 0) is None
 
 
 def test_an_image_is_a_small_jpeg():
-    uri = report.image_uri(Image.new("RGB", (1200, 300)))
+    uri = image_uri(Image.new("RGB", (1200, 300)))
     image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))))
     assert image.format == "JPEG" and image.size == (256, 64)
 
@@ -297,8 +304,8 @@ def test_the_runs_config_is_read_where_there_is_one(tmp_path):
         "not JSON": [],
     }.items():
         (tmp_path / "config.json").write_text(text)
-        assert report.run_knobs(str(tmp_path / "model")) == expected
-    assert report.run_knobs("user/name") == []
+        assert run_knobs(str(tmp_path / "model")) == expected
+    assert run_knobs("user/name") == []
 
 
 def test_predictions_are_the_probabilities_to_the_last_digit(tmp_path):
@@ -313,12 +320,12 @@ def test_predictions_are_the_probabilities_to_the_last_digit(tmp_path):
 
 def test_a_report_replaces_a_report_and_nothing_else(tmp_path):
     folder = tmp_path / "deep/report"
-    write(report.check_output_dir(folder), ["a", "b"])
+    write(check_output_dir(folder), ["a", "b"])
     (tmp_path / "deep/report.part").mkdir()  # of one that was killed while it wrote
     (tmp_path / "deep/report.part/metrics.json").write_text("")
-    write(report.check_output_dir(folder), ["c", "d"])
+    write(check_output_dir(folder), ["c", "d"])
     assert [path.name for path in folder.parent.iterdir()] == ["report"]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(report.FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     assert table(folder)[0][3:] == ["c", "d"]
     for harm in (
         lambda: (folder / "notes.txt").write_text("mine"),
@@ -327,16 +334,16 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path):
         lambda: (folder / "metrics.json").write_text("not JSON"),
     ):
         shutil.rmtree(folder)
-        write(report.check_output_dir(folder), ["a", "b"])
+        write(check_output_dir(folder), ["a", "b"])
         harm()
         with pytest.raises(UserError, match="holds something else than a report"):
-            report.check_output_dir(folder)
+            check_output_dir(folder)
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(UserError, match="holds something else"):
-        report.check_output_dir(file)
+        check_output_dir(file)
     (tmp_path / "empty").mkdir()
-    assert report.check_output_dir(tmp_path / "empty") == tmp_path / "empty"
+    assert check_output_dir(tmp_path / "empty") == tmp_path / "empty"
 
 
 @pytest.fixture(scope="module")
@@ -349,14 +356,14 @@ def trained(tmp_path_factory):
     first.rename(first.with_name(f"{HOSTILE}.png"))
     torch.manual_seed(0)
     net = target(label_names=["not-hotdog", "hotdog"])  # not the order of the data
-    rows = data.load_photos(root / "photos")["test"]
-    transform = data.eval_transform(model.data_config_of(net))
+    rows = load_photos(root / "photos")["test"]
+    transform = transforms.eval_transform(network.data_config_of(net))
     with torch.no_grad():  # so that its answers differ from photo to photo
         net.get_classifier().weight.mul_(20)
         net.get_classifier().bias.sub_(
-            net(torch.stack([transform(data.read_photo(row)) for row in rows])).mean(dim=0)
+            net(torch.stack([transform(read_photo(row)) for row in rows])).mean(dim=0)
         )
-    hub.save_model(net, root / "run/model")
+    saved.save_model(net, root / "run/model")
     (root / "run/config.json").write_text('{"recipe": "chapter", "optim": {"learning_rate": 0.03125}}')
     done = run(
         "python", REPORT, root / "run/model", "--data-dir", root / "photos", "--output-dir", root / "one"
@@ -371,12 +378,12 @@ def test_the_script_writes_the_models_own_predictions(trained):
     assert header[3:] == ["not-hotdog", "hotdog"] and len(rows) == 11
     photos = [*(f"00{index}.png" for index in range(1, 6)), f"{HOSTILE}.png"]
     assert [row[0] for row in rows[:6]] == [f"test/hotdog/{name}" for name in photos]
-    net = hub.load_model(root / "run/model")
-    transform = data.eval_transform(model.data_config_of(net))
+    net = saved.load_model(root / "run/model")
+    transform = transforms.eval_transform(network.data_config_of(net))
     probabilities = []
     for name, label, predicted, *numbers in rows:
         assert name.split("/")[1] == label
-        pixels = transform(data.decode_image(root / "photos" / name))
+        pixels = transform(decode_image(root / "photos" / name))
         with torch.no_grad():
             row = net(pixels[None]).softmax(dim=1)[0].numpy()
         np.testing.assert_allclose(np.array(numbers, float), row, atol=1e-5)
@@ -428,7 +435,7 @@ def script():
 
 
 def test_validation_is_what_the_run_held_back(photos_dir, tmp_path, script):
-    hub.save_model(target(label_names=["hotdog", "not-hotdog"]), tmp_path / "run/model")
+    saved.save_model(target(label_names=["hotdog", "not-hotdog"]), tmp_path / "run/model")
     knobs = {
         "recipe": "chapter",
         "data": {"data_dir": str(photos_dir), "val_fraction": 0.3},
@@ -437,9 +444,9 @@ def test_validation_is_what_the_run_held_back(photos_dir, tmp_path, script):
     (tmp_path / "run/config.json").write_text(json.dumps(knobs))
     flags = {"data_dir": str(photos_dir), "output_dir": str(tmp_path / "report")}
     script["main"](script["ReportConfig"](str(tmp_path / "run/model"), split="validation", **flags))
-    held_back = data.load_photos(photos_dir, 0.3, 4)["validation"]
-    assert [row[0] for row in table(tmp_path / "report")[1:]] == data.names_of(held_back, photos_dir)
-    assert report.validation_cut(report.run_knobs(tmp_path / "run/model"), tmp_path) == (0.0, 0)
+    held_back = load_photos(photos_dir, 0.3, 4)["validation"]
+    assert [row[0] for row in table(tmp_path / "report")[1:]] == names_of(held_back, photos_dir)
+    assert validation_cut(run_knobs(tmp_path / "run/model"), tmp_path) == (0.0, 0)
     script["main"](script["ReportConfig"](str(tmp_path / "run/model"), val_fraction=0.0, **flags))
     assert json.loads((tmp_path / "report/metrics.json").read_text())["threshold"] is None
 

@@ -16,9 +16,22 @@ import scipy.stats
 import torch
 from conftest import ROOT, TINY_MODEL, draw_photos, run
 
-from hotdog_hf import study
 from hotdog_hf.config import RECIPES, parse_train_config
-from hotdog_hf.data import FeatureDataset
+from hotdog_hf.data.loaders import FeatureDataset
+from hotdog_hf.study import plan
+from hotdog_hf.study.page import PICTURES, answers
+from hotdog_hf.study.plan import ARMS, VARIANTS, override, runs_of
+from hotdog_hf.study.results import (
+    Result,
+    interval,
+    mcnemar,
+    rates_table,
+    read_result,
+    summarise,
+    tuned,
+    write_diverged,
+    zero_shot,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +56,10 @@ def studied(photos, tiny_weights, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.syspath_prepend(ROOT / "scripts")
         patch.setattr(sys, "argv", ["scripts/reproduce.py"])
-        patch.setattr(study, "RATE_FACTORS", (1.0, 30.0))
-        patch.setattr(study, "GRID_FACTORS", (1.0,))
-        patch.setattr(study, "GRID_DECAYS", (0.001, 0.01))
-        patch.setattr(study, "VARIANTS", {name: study.VARIANTS[name] for name in ("best", "SGD")})
+        patch.setattr(plan, "RATE_FACTORS", (1.0, 30.0))
+        patch.setattr(plan, "GRID_FACTORS", (1.0,))
+        patch.setattr(plan, "GRID_DECAYS", (0.001, 0.01))
+        patch.setattr(plan, "VARIANTS", {name: VARIANTS[name] for name in ("best", "SGD")})
         reproduce = importlib.import_module("reproduce")
         knobs = {"model": TINY_MODEL, "weights": str(tiny_weights), "image_size": 64, "num_threads": 1}
         where = {"data_dir": str(photos), "output_dir": str(study_dir)}
@@ -66,13 +79,13 @@ def test_every_arm_stands_in_the_table_and_in_the_answers(studied):
     said, study_dir = studied
     assert re.search(r"== finetune, seed 0; \d+ to go, about \d+ minutes", said)
     text = (study_dir / "README.md").read_text()
-    for _, title in study.ARMS.values():
+    for _, title in ARMS.values():
         assert re.search(rf"^\| {re.escape(title)} \| 2 \| \d+\.\d% \|", text, re.MULTILINE), title
     for question in ("Does fine-tuning beat", "Exercise 1", "Exercise 2", "Exercise 3", "Exercise 4"):
         assert f"**{question}" in text
     for name in ("best", "SGD"):
         assert f"| {name} | 2 | " in text
-    for picture in study.PICTURES:
+    for picture in PICTURES:
         assert (study_dir / picture).stat().st_size > 5000 and f"({picture})" in text
     assert "nan" not in text and "None" not in text
 
@@ -84,9 +97,7 @@ def test_a_line_of_the_csv_tells_how_to_train_that_run_alone(studied):
     line = next(line for line in lines if line["run"] == "scratch" and line["seed"] == "1")
     config = parse_train_config(line["command"].split()[3:])
     assert (config.recipe, config.run.seed, config.model.weights) == ("scratch", 1, "none")
-    assert (
-        float(line["test_accuracy"]) == study.read_result(None, study_dir / line["folder"]).test["accuracy"]
-    )
+    assert float(line["test_accuracy"]) == read_result(None, study_dir / line["folder"]).test["accuracy"]
 
 
 def test_a_run_of_the_study_ends_as_the_same_run_alone(studied, tmp_path):
@@ -112,12 +123,12 @@ def test_finished_runs_are_not_run_again_and_a_broken_one_is(studied, command):
 
 
 def test_other_photos_or_knobs_are_another_run(studied, photos):
-    run_ = study.runs_of("finetune", 1, {"data_dir": str(photos)})[0]
+    run_ = runs_of("finetune", 1, {"data_dir": str(photos)})[0]
     folder = run_.folder(ROOT, {"a.png": [1, 2]}, 1)
     assert folder != run_.folder(ROOT, {"a.png": [1, 3]}, 1) != run_.folder(ROOT, {"a.png": [1, 3]}, 2)
-    other = dataclasses.replace(run_, config=study.override(run_.config, epochs=6))
+    other = dataclasses.replace(run_, config=override(run_.config, epochs=6))
     assert folder != other.folder(ROOT, {"a.png": [1, 2]}, 1)
-    moved = dataclasses.replace(run_, config=study.override(run_.config, data_dir="elsewhere"))
+    moved = dataclasses.replace(run_, config=override(run_.config, data_dir="elsewhere"))
     assert folder == moved.folder(ROOT, {"a.png": [1, 2]}, 1)
 
 
@@ -137,14 +148,14 @@ def test_a_stopped_study_says_so_and_goes_on(command, tmp_path):
 def test_a_rate_at_which_the_loss_breaks_is_an_answer(tmp_path):
     folder = tmp_path / "rate"
     folder.mkdir()
-    study.write_diverged(folder, "the loss became nan")
-    runs = study.runs_of("rates", 1, {})
-    diverged = study.read_result(runs[-1], folder)
+    write_diverged(folder, "the loss became nan")
+    runs = runs_of("rates", 1, {})
+    diverged = read_result(runs[-1], folder)
     assert diverged.diverged
     accuracies = (0.8, 0.85, 0.9, 0.92, 0.7, 0.6)
     whole = [fake(run, accuracy) for run, accuracy in zip(runs[:-1], accuracies, strict=True)]
-    assert study.rates_table([*whole, diverged])[-1] == (100.0, None)
-    [(_, answer)] = study.answers({}, [*whole, diverged], None)
+    assert rates_table([*whole, diverged])[-1] == (100.0, None)
+    [(_, answer)] = answers({}, [*whole, diverged], None)
     assert (
         "sweep: 3 times the book's gives 92.0%. Beyond it, 10 times the book's gives 70.0%, 30 times"
         in answer
@@ -152,9 +163,9 @@ def test_a_rate_at_which_the_loss_breaks_is_an_answer(tmp_path):
     assert (
         "30 times the book's gives 60.0%, from 100 times the book's rate on the loss is no number" in answer
     )
-    [(_, answer)] = study.answers({}, whole[:3], None)
+    [(_, answer)] = answers({}, whole[:3], None)
     assert "the book's own rate gives 90.0%. No higher rate was tried." in answer
-    [(_, answer)] = study.answers({}, [diverged], None)
+    [(_, answer)] = answers({}, [diverged], None)
     assert answer == "From 100 times the book's rate on the loss is no number any more."
 
 
@@ -163,15 +174,15 @@ def fake(run_, accuracy, validation=None, loss=0.5, folder=None):
     row = {"epoch": 1, "test_accuracy": accuracy}
     if validation is not None:
         row |= {"validation_accuracy": validation, "validation_loss": loss}
-    return study.Result(run_, folder, [row, {"final": True, "test_accuracy": accuracy, "seconds": 10.0}])
+    return Result(run_, folder, [row, {"final": True, "test_accuracy": accuracy, "seconds": 10.0}])
 
 
 def test_the_grid_chooses_by_validation_alone():
-    runs = study.runs_of("grid", 1, {})
+    runs = runs_of("grid", 1, {})
     results = [fake(run_, accuracy=index / 100, validation=0.5) for index, run_ in enumerate(runs)]
     results[4] = fake(runs[4], accuracy=0.0, validation=0.9, loss=0.4)
     results[5] = fake(runs[5], accuracy=1.0, validation=0.9, loss=0.6)
-    chosen = study.tuned(results, "finetune")
+    chosen = tuned(results, "finetune")
     assert chosen.config.optim == runs[4].config.optim and chosen.config.data.val_fraction == 0
     assert chosen.experiment == "tuned"
 
@@ -179,32 +190,32 @@ def test_the_grid_chooses_by_validation_alone():
 def test_the_interval_is_students():
     values = [0.9, 0.92, 0.95]
     expected = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
-    assert study.interval(values) == pytest.approx(expected)
-    assert study.interval([0.9]) is None
+    assert interval(values) == pytest.approx(expected)
+    assert interval([0.9]) is None
 
 
 def predictions(folder, right):
     folder.mkdir()
     lines = [f"{index},a,{'a' if hit else 'b'},0.5,0.5" for index, hit in enumerate(right)]
     (folder / "predictions.csv").write_text("\n".join(["file,true_label,predicted_label,a,b", *lines]))
-    return study.Result(None, folder, [{}])
+    return Result(None, folder, [{}])
 
 
 def test_mcnemar_counts_where_one_alone_is_right(tmp_path):
     ours = predictions(tmp_path / "a", [1] * 10 + [0] * 2 + [1] * 8)
     theirs = predictions(tmp_path / "b", [0] * 10 + [1] * 2 + [1] * 8)
-    test = study.mcnemar(ours, theirs)
+    test = mcnemar(ours, theirs)
     assert (test["only_this"], test["only_finetune"]) == (10, 2)
     assert test["p"] == pytest.approx(scipy.stats.binomtest(2, 12).pvalue)
-    assert study.mcnemar(ours, ours)["p"] == 1
+    assert mcnemar(ours, ours)["p"] == 1
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path):
     same = predictions(tmp_path / "a", [1, 0]).folder
-    finetune, scratch = (study.runs_of(arm, 3, {}) for arm in ("finetune", "scratch"))
+    finetune, scratch = (runs_of(arm, 3, {}) for arm in ("finetune", "scratch"))
     results = [fake(run_, 0.7 + 0.1 * run_.seed, folder=same) for run_ in finetune]
     results += [fake(run_, 0.6 + 0.1 * run_.seed, folder=same) for run_ in scratch]
-    row = study.summarise(results, "scratch")
+    row = summarise(results, "scratch")
     assert row["difference"] == pytest.approx(-0.1)
     assert row["difference_interval"] == pytest.approx((-0.1, -0.1))
     assert row["mean"] == pytest.approx(0.7) and row["deviation"] == pytest.approx(0.1)
@@ -224,7 +235,7 @@ def test_the_source_alone_is_judged_by_a_threshold_from_train():
         "train": Seen([2.0, 1.0, 0.5, -1.0], [0, 0, 1, 1]),
         "test": Seen([1.5, 0.8, 0.9, -2.0], [0, 0, 1, 1]),
     }
-    answer = study.zero_shot(seen, head, source_class=0, positive=0)
+    answer = zero_shot(seen, head, source_class=0, positive=0)
     assert answer["threshold"] == pytest.approx(1 / (1 + np.exp(-1.0)))
     assert answer["accuracy"] == 0.75 and answer["roc_auc"] == 0.75
 
@@ -235,4 +246,4 @@ def test_what_is_no_experiment_is_refused():
 
 
 def test_every_variant_is_a_config():
-    assert all(study.override(RECIPES["best"], **knobs) for knobs in study.VARIANTS.values())
+    assert all(override(RECIPES["best"], **knobs) for knobs in VARIANTS.values())

@@ -21,10 +21,13 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_MODEL, run
 from test_engine import TWO_PROCESSES
 
-from hotdog_hf import checkpoint, data, engine, training
 from hotdog_hf.config import parse_train_config
+from hotdog_hf.data import loaders, transforms
+from hotdog_hf.data.splits import load_photos, manifest
 from hotdog_hf.errors import UserError
-from hotdog_hf.run import resume_command
+from hotdog_hf.training import checkpoint, engine, launch, loop
+from hotdog_hf.training.run_dir import check_same_run, resume_command
+from hotdog_hf.training.state import Progress, TrainState
 
 # Kills of the whole process group in each setting; more by HOTDOG_KILLS=20.
 KILLS = int(os.environ.get("HOTDOG_KILLS", "2"))
@@ -57,8 +60,8 @@ def train_here(weights, data_dir, run_dir, *flags, stop=None):
     words = ["--data-dir", data_dir, "--output-dir", run_dir, "--model", TINY_MODEL, "--weights", weights]
     words += ["--image-size", 64, "--batch-size", 8, *flags]
     config = parse_train_config([str(word) for word in words])
-    accelerator = engine.build_accelerator(config.run.precision, num_threads=1)
-    finished = training.train(config, accelerator, stop or SimpleNamespace(number=0))
+    accelerator = launch.build_accelerator(config.run.precision, num_threads=1)
+    finished = loop.train(config, accelerator, stop or SimpleNamespace(number=0))
     assert finished == (None if stop else run_dir)
 
 
@@ -174,7 +177,7 @@ def test_the_average_of_the_weights_goes_on_to_the_very_bit(tiny_weights, photos
 def test_an_average_follows_weights_and_statistics_by_its_formula():
     from book_loop import network
 
-    from hotdog_hf import optim
+    from hotdog_hf.training import optim
 
     assert optim.build_average(network("train"), decay=0) is None
     net = network("train").train()
@@ -198,18 +201,18 @@ def test_an_average_follows_weights_and_statistics_by_its_formula():
 def bf16_accelerator():
     """An accelerator in another precision than that of the other tests in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    yield engine.build_accelerator("bf16", num_threads=1)
+    yield launch.build_accelerator("bf16", num_threads=1)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_an_average_is_judged_in_the_runs_own_precision(bf16_accelerator, dataset):
     from book_loop import network
 
-    from hotdog_hf import optim
+    from hotdog_hf.training import optim
 
     net = network("train")
     average = optim.build_average(net, decay=0.5)
-    loader = bf16_accelerator.prepare(data.eval_loader(dataset, 8))
+    loader = bf16_accelerator.prepare(loaders.eval_loader(dataset, 8))
     prepared, _ = engine.predict(bf16_accelerator, bf16_accelerator.prepare(net), loader)
     averaged, _ = engine.predict(bf16_accelerator, average.module, loader)
     assert torch.equal(averaged, prepared)
@@ -218,13 +221,13 @@ def test_an_average_is_judged_in_the_runs_own_precision(bf16_accelerator, datase
 @pytest.fixture
 def dataset(photos_dir):
     config = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    return data.PhotoDataset(data.load_photos(photos_dir)["train"], data.train_transform(config), seed=1)
+    return loaders.PhotoDataset(load_photos(photos_dir)["train"], transforms.train_transform(config), seed=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
 def test_the_rest_of_an_epoch_has_the_same_photos_and_pixels(dataset, workers, rank, world_size):
-    loader = data.train_loader(dataset, 4, rank=rank, world_size=world_size, num_workers=workers)
+    loader = loaders.train_loader(dataset, 4, rank=rank, world_size=world_size, num_workers=workers)
     loader.batch_sampler.seek(epoch=3)
     whole = list(loader)
     for step in (0, 1, len(whole) - 1, len(whole)):
@@ -313,18 +316,18 @@ def test_more_epochs_go_on_when_told_to(train, photos_dir, reference, tmp_path):
 def test_other_photos_are_not_gone_on_with(photos_dir, tmp_path, change, message):
     folder = shutil.copytree(photos_dir, tmp_path / "photos")
     described = {"config": {"epochs": 1}, "num_processes": 1, "precision": "no"}
-    before = described | {"photos": data.manifest(data.load_photos(folder), folder)}
-    checkpoint.check_same_run(before, before, anyway=False)
+    before = described | {"photos": manifest(load_photos(folder), folder)}
+    check_same_run(before, before, anyway=False)
     change(folder)
-    now = described | {"photos": data.manifest(data.load_photos(folder), folder)}
+    now = described | {"photos": manifest(load_photos(folder), folder)}
     with pytest.raises(UserError, match=message):
-        checkpoint.check_same_run(before, now, anyway=True)
+        check_same_run(before, now, anyway=True)
 
 
 def test_another_precision_is_not_gone_on_with():
     before = {"config": {}, "num_processes": 1, "precision": "fp16", "photos": {}}
     with pytest.raises(UserError, match="the precision was fp16, is no"):
-        checkpoint.check_same_run(before, before | {"precision": "no"}, anyway=True)
+        check_same_run(before, before | {"precision": "no"}, anyway=True)
 
 
 @pytest.mark.parametrize(
@@ -459,9 +462,9 @@ def test_the_random_state_comes_back(tmp_path):
     import numpy as np
     from book_loop import network
 
-    from hotdog_hf import optim
+    from hotdog_hf.training import optim
 
-    accelerator = engine.build_accelerator("no", num_threads=1)
+    accelerator = launch.build_accelerator("no", num_threads=1)
     net = network("train")
     groups = optim.parameter_groups(net, learning_rate=1e-3, head_lr_mult=1)
     net, optimizer = accelerator.prepare(net, optim.build_optimizer(groups, "adamw"))
@@ -469,10 +472,10 @@ def test_the_random_state_comes_back(tmp_path):
     net(torch.randn(2, 3, 32, 32)).sum().backward()
     optimizer.step()
     schedule.step()
-    progress = checkpoint.Progress(total_steps=1)
-    state = checkpoint.TrainState(net, optimizer, schedule, None, progress, torch.ones(3))
+    progress = Progress(total_steps=1)
+    state = TrainState(net, optimizer, schedule, None, progress, torch.ones(3))
     folder = checkpoint.save(tmp_path, accelerator, state, keep=1)
-    state.progress, state.totals = checkpoint.Progress(), torch.zeros(3)
+    state.progress, state.totals = Progress(), torch.zeros(3)
     expected = random.random(), np.random.rand(), torch.rand(1), optimizer.param_groups[0]["lr"]
     moments = {key: value.clone() for key, value in optimizer.state_dict()["state"][0].items()}
     net(torch.randn(2, 3, 32, 32)).sum().backward()

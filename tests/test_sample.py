@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hotdog_hf import sample
+from hotdog_hf.data import sample
+from hotdog_hf.data.sample import LABELS, LOOKALIKES, MARKER, draw_image, draw_sample, kind_at
 from hotdog_hf.errors import UserError
-from hotdog_hf.sample import LABELS, LOOKALIKES, MARKER, draw_image, draw_sample, kind_at
 
 SMALL = {"train": 4, "test": 2, "progress": False}
 

@@ -11,7 +11,9 @@ from conftest import ROOT, draw_photos, network_inputs
 from PIL import Image
 from test_engine import TWO_PROCESSES
 
-from hotdog_hf import data, hub, model
+from hotdog_hf.data import loaders, transforms
+from hotdog_hf.data.splits import load_photos
+from hotdog_hf.model import network, saved
 
 
 def metrics_of(run_dir):
@@ -57,9 +59,9 @@ def test_a_run_prints_what_the_chapter_prints(chapter_run):
 
 def test_the_saved_model_says_what_the_run_said(chapter_run, photos_dir):
     _, run_dir = chapter_run
-    net = hub.load_model(run_dir / "model")
-    rows = data.load_photos(photos_dir)["test"]
-    test_set = data.PhotoDataset(rows, data.eval_transform(model.data_config_of(net)))
+    net = saved.load_model(run_dir / "model")
+    rows = load_photos(photos_dir)["test"]
+    test_set = loaders.PhotoDataset(rows, transforms.eval_transform(network.data_config_of(net)))
     with torch.no_grad():
         chosen = net(network_inputs(test_set)).argmax(dim=1).tolist()
     confusion = np.zeros((2, 2), int)
@@ -85,7 +87,7 @@ def test_two_processes_count_every_photo_once(train, photos_dir, tmp_path):
     assert "2 x " in done.stdout
     final = metrics_of(tmp_path / "run")[-1]
     assert np.sum(final["test_confusion_matrix"]) == 11, "an odd number: one process has a photo more"
-    assert hub.load_model(tmp_path / "run/model").num_classes == 2
+    assert saved.load_model(tmp_path / "run/model").num_classes == 2
 
 
 def test_a_network_learns_from_scratch_and_keeps_its_best_epoch(train, photos_dir, tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 from conftest import ROOT, draw_photos, run
 
-from hotdog_hf import check, folder
+from hotdog_hf.data import check, folder
 from hotdog_hf.errors import UserError
 
 

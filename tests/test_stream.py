@@ -10,8 +10,10 @@ from conftest import ROOT, draw_photos, run
 from loopback_hub import LoopbackHub
 from test_scripts import metrics_of
 
-from hotdog_hf import data, photos, stream
 from hotdog_hf.config import DataConfig, ModelConfig, TrainConfig
+from hotdog_hf.data import stream, transforms
+from hotdog_hf.data.prepare import _read
+from hotdog_hf.data.splits import StreamedSplit, counts, load_photos
 from hotdog_hf.errors import UserError
 
 CONFIG = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -31,7 +33,7 @@ def of_numbers(count, num_shards):
     """A stream whose photos are numbers."""
     columns = {"image": list(range(count)), "label": [number % 2 for number in range(count)]}
     rows = datasets.Dataset.from_dict(columns).to_iterable_dataset(num_shards=num_shards)
-    return data.StreamedSplit("numbers", rows, [count - count // 2, count // 2], "numbers")
+    return StreamedSplit("numbers", rows, [count - count // 2, count // 2], "numbers")
 
 
 def batches_of(split, world_size, batch_size=8, epoch=1, first_step=0, seed=0):
@@ -111,8 +113,8 @@ def test_a_batch_smaller_than_the_processes_is_refused():
 
 def test_shards_hold_the_files_as_they_are(shards, photos_dir):
     rows = stream.open_stream(str(shards), progress=False)
-    on_disk = data.load_photos(photos_dir)
-    assert data.counts(rows) == data.counts(on_disk)
+    on_disk = load_photos(photos_dir)
+    assert counts(rows) == counts(on_disk)
     for split, read in (("train", rows["train"].stream), ("test", rows["test"])):
         files = {row["image"]["path"]: row["label"] for row in on_disk[split]}
         contents = sorted((open(path, "rb").read(), label) for path, label in files.items())  # noqa: PTH123, SIM115
@@ -121,7 +123,7 @@ def test_shards_hold_the_files_as_they_are(shards, photos_dir):
 
 
 def test_workers_change_nothing(shards):
-    transform = data.train_transform(CONFIG)
+    transform = transforms.train_transform(CONFIG)
 
     def batches(num_workers):
         split = stream.open_stream(str(shards), progress=False)["train"]
@@ -222,14 +224,14 @@ def test_what_cannot_be_streamed_is_one_line(shards, tmp_path, harm, message):
 
 def test_shards_sorted_by_class_are_warned_of(photos_dir, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.Dataset, "shuffle", lambda rows, seed: rows)
-    stream.write_shards(data.load_photos(photos_dir), tmp_path / "sorted", 9, 0)
+    stream.write_shards(load_photos(photos_dir), tmp_path / "sorted", 9, 0)
     for folder, buffer, warned in (
         (tmp_path / "sorted", 24, 1),
         (tmp_path / "sorted", 25, 0),
         (shards, 9, 0),
     ):
         config = DataConfig(data_dir=str(folder), streaming=True, shuffle_buffer=buffer)
-        *_, summary = photos._read(config, 0, progress=False)
+        *_, summary = _read(config, 0, progress=False)
         assert ("warning: the shards are sorted by class" in summary) == warned
 
 
@@ -242,7 +244,7 @@ def test_other_classes_in_test_are_refused(tmp_path):
     for split, names in (("train", "ab"), ("test", "ac")):
         draw_photos(tmp_path / split / "train", dict.fromkeys(names, 2))
         draw_photos(tmp_path / split / "test", dict.fromkeys(names, 2))
-        stream.write_shards(data.load_photos(tmp_path / split), tmp_path / f"{split}-shards", 10, 0)
+        stream.write_shards(load_photos(tmp_path / split), tmp_path / f"{split}-shards", 10, 0)
     for path in (tmp_path / "train-shards/data").glob("test*"):
         shutil.copy(tmp_path / "test-shards/data" / path.name, path)
     with pytest.raises(UserError, match=r"test-.*parquet has the classes \['a', 'c'\], the first"):

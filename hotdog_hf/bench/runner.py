@@ -1,0 +1,60 @@
+"""The benchmark's measurements: interleaved, repeated, written after each one."""
+
+import contextlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+from hotdog_hf.bench.processes import MeasurementError
+from hotdog_hf.bench.sections import SECTIONS, Variant
+from hotdog_hf.bench.setup import Setup
+from hotdog_hf.errors import UserError, message_of
+from hotdog_hf.files import write_json
+
+# Results.
+
+
+class Results:
+    """Every number measured so far, in a file that is whole after each of them."""
+
+    def __init__(self, file: Path, facts: dict, sections: list[str]) -> None:
+        """Start the `sections` anew; others stay, where the file is of the same `facts`."""
+        self.file, self.content = file, {"facts": json.loads(json.dumps(facts)), "measurements": []}
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            before = json.loads(file.read_text(encoding="utf-8"))
+            if before["facts"] == self.content["facts"]:
+                kept = [row for row in before["measurements"] if row["section"] not in sections]
+                self.content["measurements"] = kept
+        write_json(self.file, self.content)
+
+    def add(self, variant: Variant, number: int, by: dict, numbers: dict) -> None:
+        """Keep the numbers of one measurement, and by what it was made."""
+        row = {"section": variant.section, "variant": variant.name, "round": number, **by, **numbers}
+        self.content["measurements"].append(row)
+        write_json(self.file, self.content)
+
+
+def plan(setup: Setup, sections: list[str], repeats: int) -> dict[str, list[tuple[Variant, int]]]:
+    """Return each section's variants and rounds, interleaved: A B C A B C."""
+    planned = {}
+    for name in sections:
+        variants = SECTIONS[name](setup)
+        turns = [(variant, number) for number in range(repeats) for variant in variants]
+        planned[name] = [(variant, number) for variant, number in turns if number == 0 or not variant.once]
+    return planned
+
+
+def measure(setup: Setup, variant: Variant, number: int) -> dict:
+    """Measure once, in a folder that is removed; an `error` stands for the numbers where it failed."""
+    name = re.sub(r"\W+", "-", f"{variant.section}-{variant.name}-{number}")
+    folder = setup.work / name
+    folder.mkdir()
+    try:
+        return variant.measure(folder, number)
+    except MeasurementError as error:
+        return {"error": message_of(UserError(str(error)))}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        # Caches of the recipes are used again in the same round, by the variants that find them.
+        shutil.rmtree(setup.work / "cache" / name, ignore_errors=True)

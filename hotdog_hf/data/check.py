@@ -1,0 +1,389 @@
+"""What is wrong with a folder of photos: files that do not decode, leaks between splits, misplaced files.
+
+No torch here, so that `scripts/check_data.py` answers at once.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import stat
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import PIL
+from PIL import ExifTags, Image
+from tqdm import tqdm
+
+from hotdog_hf.data.folder import Photos, class_faults, find_photos, list_photos, plain_name, unused_files
+from hotdog_hf.data.images import decode_image
+from hotdog_hf.errors import UserError, printable
+from hotdog_hf.machine import allowed_cores, cache_dir
+
+# Every kind of finding, worst first: an error would make the numbers of a training wrong or stop it.
+KINDS = {
+    "unreadable": ("error", "files that cannot be read as images"),
+    "bomb": ("error", "images with absurdly many pixels, not decoded"),
+    "classes": ("error", "class folders that do not agree"),
+    "leak": ("error", "the same file in several splits"),
+    "two-labels": ("error", "the same file in several classes"),
+    "near-leak": ("warning", "photos that look like one of an earlier split"),
+    "placeholder": ("warning", "many identical files, as of a picture that says 'photo not available'"),
+    "repeat": ("warning", "the same file several times in a class"),
+    "imbalance": ("warning", "classes of very different size"),
+    "similar-classes": ("warning", "class names that differ only in their writing"),
+    "tiny": ("warning", "images with hardly any pixels"),
+    "animated": ("warning", "animations and several pages, of which the first is used"),
+    "exif": ("warning", "damaged EXIF blocks; a rotation that they held is lost"),
+    "suffix": ("warning", "files of another format than their name says; they are used all the same"),
+    "unused": ("warning", "images outside the class folders, and links to folders; they are not used"),
+    "hidden": ("warning", "hidden and system files; they are not used"),
+    "other": ("warning", "files not named as images; they are not used"),
+}
+SHOWN = 10
+PLACEHOLDER_COPIES = 5
+MAX_IMBALANCE = 10
+MIN_SIDE = 16
+# Of the 64 bits of a perceptual hash. On 1,000 hot-dog photos the same picture differed in at most 2 bits,
+# and no two of different scenes in fewer than 10.
+NEAR_BITS = 4
+NEAR_CHUNK = 128
+ORIENTATION = ExifTags.Base.Orientation
+MAX_CACHED = 200_000
+# A cache made by another rule, or another Pillow, may hold other answers.
+CACHE_VERSION = f"1 Pillow {PIL.__version__}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What one file is. Where it cannot be used, `fault` is the kind of finding and `message` says why."""
+
+    size: int = 0
+    mtime_ns: int = 0
+    width: int = 0
+    height: int = 0
+    format: str = ""
+    mode: str = ""
+    animated: bool = False
+    broken_exif: bool = False
+    sha256: str = ""
+    phash: str = ""
+    fault: str = ""
+    message: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing to know about the photos: its kind (of `KINDS`), a sentence, the files it is about."""
+
+    kind: str
+    message: str
+    files: tuple[Path, ...] = ()
+
+    @property
+    def severity(self) -> str:
+        """Return "error" or "warning", which goes by the kind."""
+        return KINDS[self.kind][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The photos that were checked, what each is, and everything found."""
+
+    photos: Photos
+    records: dict[Path, Record]
+    findings: list[Finding]
+
+    def count(self, severity: str) -> int:
+        """Return the number of findings that are an "error" or a "warning"."""
+        return sum(finding.severity == severity for finding in self.findings)
+
+
+def check_folder(data_dir: str | os.PathLike, *, cache_file: Path | None, progress: bool) -> Report:
+    """Check a data folder: its photos, its classes, and the files that are not used.
+
+    Raises `UserError` where there is nothing to check, as without train/ and test/.
+    """
+    photos = list_photos(data_dir)
+    report = check_photos(photos, cache_file=cache_file, progress=progress)
+    faults = [Finding("classes", fault) for fault in class_faults(data_dir, photos)]
+    return _with_findings(report, [*faults, *_unused(data_dir, report)])
+
+
+def check_photos(photos: Photos, *, cache_file: Path | None, progress: bool) -> Report:
+    """Check what `folder.find_photos` returns, by file and against each other.
+
+    A file whose size and time are those in `cache_file` is not read again.
+    """
+    paths = [path for classes in photos.values() for group in classes.values() for path in group]
+    records = _inspect_all(paths, cache_file, progress)
+    findings = [
+        *_file_findings(records),
+        *_same_files(photos, records),
+        *_near_leaks(photos, records),
+        *_class_findings(photos),
+    ]
+    return Report(photos, records, _sorted(findings))
+
+
+def unreadable(report: Report) -> list[Path]:
+    """Return the files that training cannot use."""
+    return [path for path, record in report.records.items() if record.fault]
+
+
+def require_readable(report: Report) -> None:
+    """Raise `UserError` with the number of files that training cannot use and the first names."""
+    if faults := [record.message for record in report.records.values() if record.fault]:
+        more = f"; and {len(faults) - SHOWN} more" if faults[SHOWN:] else ""
+        raise UserError(
+            f"{len(faults)} of {len(report.records)} photos cannot be used:"
+            f" {'; '.join(faults[:SHOWN])}{more}. Mend or remove them, or go on without them by"
+            " --bad-images skip"
+        )
+
+
+def files_to_skip(data_dir: str | os.PathLike, policy: str, *, progress: bool) -> tuple[list[Path], str]:
+    """Check a folder as training does; return the files to leave out and a line to print.
+
+    With the policy "fail" a file that cannot be used is a `UserError`, with "skip" it is returned.
+    """
+    report = check_photos(find_photos(data_dir), cache_file=default_cache_file(), progress=progress)
+    report = _with_findings(report, _unused(data_dir, report))
+    if policy == "fail":
+        require_readable(report)
+    return unreadable(report), f"{summary(report)}; `python scripts/check_data.py {data_dir}` says more"
+
+
+def summary(report: Report) -> str:
+    """Return the number of findings of each kind in one line."""
+    kinds = collections.Counter(finding.kind for finding in report.findings)
+    found = ", ".join(f"{count} {kind} ({KINDS[kind][0]})" for kind, count in kinds.items())
+    return f"photos checked: {found or 'nothing found'}"
+
+
+def _unused(data_dir: str | os.PathLike, report: Report) -> list[Finding]:
+    return [Finding(kind, str(path), (path,)) for kind, path in unused_files(data_dir, set(report.records))]
+
+
+def _with_findings(report: Report, more: list[Finding]) -> Report:
+    return dataclasses.replace(report, findings=_sorted([*report.findings, *more]))
+
+
+def _sorted(findings: Iterable[Finding]) -> list[Finding]:
+    kinds = list(KINDS)
+    return sorted(findings, key=lambda finding: (kinds.index(finding.kind), finding.files, finding.message))
+
+
+def _inspect_all(paths: list[Path], cache_file: Path | None, progress: bool) -> dict[Path, Record]:
+    cache = _read_cache(cache_file)
+    keys = [str(path.absolute()) for path in paths]
+    hidden = None if progress else True  # None: a bar on a terminal, none in a log file
+    # Threads, not processes: Pillow decodes and resizes without the interpreter's lock.
+    with warnings.catch_warnings(), ThreadPoolExecutor(allowed_cores()) as pool:
+        warnings.simplefilter("ignore")  # Pillow's, on what the report says better
+        bar = tqdm(total=len(paths), desc="checking photos", unit="img", leave=False, disable=hidden)
+        records = []
+        for record in pool.map(_inspect, paths, map(cache.get, keys)):
+            records.append(record)
+            bar.update()
+        bar.close()
+    # A fault is looked at again every time: it may be mended without a change of size or time (chmod).
+    good = {key: record for key, record in zip(keys, records, strict=True) if not record.fault}
+    if cache_file and any(cache.get(key) != record for key, record in good.items()):
+        _write_cache(cache_file, good if len(cache | good) > MAX_CACHED else cache | good)
+    return dict(zip(paths, records, strict=True))
+
+
+def _inspect(path: Path, cached: Record | None) -> Record:
+    try:
+        str(path).encode()
+        status = path.stat()
+    except UnicodeEncodeError:  # pyarrow, which holds the paths in training, takes UTF-8 alone
+        return Record(fault="unreadable", message=f"{path}: the name is not valid UTF-8; rename it")
+    except OSError as error:
+        return Record(fault="unreadable", message=f"cannot read {path}: {error.strerror}")
+    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
+        return Record(fault="unreadable", message=f"cannot read {path}: not a regular file")
+    stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if cached and stamp == {"size": cached.size, "mtime_ns": cached.mtime_ns}:
+        return cached
+    try:
+        decoded = decode_image(path)
+    except UserError as error:
+        kind = "bomb" if isinstance(error.__cause__, Image.DecompressionBombError) else "unreadable"
+        return Record(**stamp, fault=kind, message=str(error))
+    with Image.open(path) as image:
+        return Record(
+            **stamp,
+            width=image.width,
+            height=image.height,
+            format=image.format,
+            mode=image.mode,
+            # The further pictures of an MPO, which many phones write as .jpg, are previews and depth maps.
+            animated=image.format != "MPO" and getattr(image, "is_animated", False),
+            broken_exif=_is_exif_broken(image),
+            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            phash=str(imagehash.phash(decoded)),
+        )
+
+
+def _is_exif_broken(image: Image.Image) -> bool:
+    """Tell an EXIF block that is no EXIF, is cut short, or has a rotation that Pillow could not read."""
+    block = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    order = {b"II": "little", b"MM": "big"}.get(block[:2])
+    if order is None:
+        return bool(block)
+    start = int.from_bytes(block[4:8], order) + 2
+    end = start + 12 * int.from_bytes(block[start - 2 : start], order)
+    tags = {int.from_bytes(block[at : at + 2], order) for at in range(start, min(end, len(block)), 12)}
+    return max(start, end) > len(block) or (ORIENTATION in tags and ORIENTATION not in image.getexif())
+
+
+def _file_findings(records: dict[Path, Record]) -> Iterator[Finding]:
+    suffixes = Image.registered_extensions()
+    for path, record in records.items():
+        if record.fault:
+            yield Finding(record.fault, record.message, (path,))
+            continue
+        if min(record.width, record.height) < MIN_SIDE:
+            yield Finding("tiny", f"{path}: {record.width} x {record.height} pixels", (path,))
+        if record.animated:
+            yield Finding("animated", f"{path}", (path,))
+        if record.broken_exif:
+            yield Finding("exif", f"{path}", (path,))
+        # MPO is JPEG with a second picture behind the first.
+        if record.format.replace("MPO", "JPEG") != suffixes.get(path.suffix.lower()):
+            yield Finding("suffix", f"{path} is {record.format}", (path,))
+
+
+def _same_files(photos: Photos, records: dict[Path, Record]) -> Iterator[Finding]:
+    copies = collections.defaultdict(list)
+    for split, classes in photos.items():
+        for name, paths in classes.items():
+            for path in paths:
+                copies[records[path].sha256 or path].append((split, name, path))
+    for group in copies.values():
+        files = tuple(path for _, _, path in group)
+        splits, names = {split for split, _, _ in group}, {name for _, name, _ in group}
+        message = " = ".join(map(str, files[:SHOWN])) + (f" = {len(files)} files" if files[SHOWN:] else "")
+        if len(splits) > 1:
+            yield Finding("leak", message, files)
+        if len(names) > 1:
+            yield Finding("two-labels", message, files)
+        if len(files) >= PLACEHOLDER_COPIES:
+            yield Finding("placeholder", f"{len(files)} files are identical to {files[0]}", files)
+        elif len(files) > len({(split, name) for split, name, _ in group}):
+            yield Finding("repeat", message, files)
+
+
+def _near_leaks(photos: Photos, records: dict[Path, Record]) -> Iterator[Finding]:
+    """For each photo the one of the earlier splits that looks most like it, where that is near enough."""
+    earlier: list[Path] = []
+    for classes in photos.values():
+        paths = [path for group in classes.values() for path in group if records[path].phash]
+        if earlier:
+            earlier_signs = _signs(earlier, records)
+            for start in range(0, len(paths), NEAR_CHUNK):
+                chunk = paths[start : start + NEAR_CHUNK]
+                # Of two rows of 64 signs the product sums to 64 less twice the number that differ.
+                distances = (64 - _signs(chunk, records) @ earlier_signs.T) / 2
+                for path, nearest, bits in zip(
+                    chunk, distances.argmin(axis=1), distances.min(axis=1), strict=True
+                ):
+                    twin = earlier[nearest]
+                    if bits <= NEAR_BITS and records[path].sha256 != records[twin].sha256:
+                        yield Finding("near-leak", f"{path} looks like {twin}", (path, twin))
+        earlier += paths
+
+
+def _signs(paths: list[Path], records: dict[Path, Record]) -> np.ndarray:
+    """Return the bits of perceptual hashes as float32 [N, 64] of +1 and -1."""
+    hashes = np.array([int(records[path].phash, 16) for path in paths], dtype=np.uint64)
+    return np.unpackbits(hashes.view(np.uint8)).reshape(-1, 64).astype(np.float32) * 2 - 1
+
+
+def _class_findings(photos: Photos) -> Iterator[Finding]:
+    sizes = {name: len(paths) for name, paths in photos["train"].items() if paths}
+    if sizes and max(sizes.values()) > MAX_IMBALANCE * min(sizes.values()):
+        few, many = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+        yield Finding("imbalance", f"train has {sizes[many]} photos of {many!r} but {sizes[few]} of {few!r}")
+    alike = collections.defaultdict(list)
+    for name in photos["train"]:
+        alike[plain_name(name)].append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            yield Finding("similar-classes", f"train has {', '.join(map(ascii, names))}")
+
+
+def describe(report: Report) -> str:
+    """Return a table of photo counts, a line a class, and every kind of finding with its first names."""
+    names = sorted(set().union(*report.photos.values()))
+    width = max(map(len, ["class", *names]))
+    lines = [" ".join([f"{'class':<{width}}", *(f"{split:>10}" for split in report.photos)])]
+    for name in names:
+        counts = [len(classes.get(name, [])) for classes in report.photos.values()]
+        lines.append(" ".join([f"{name:<{width}}", *(f"{count:>10}" for count in counts)]))
+    for kind, (severity, title) in KINDS.items():
+        messages = [finding.message for finding in report.findings if finding.kind == kind]
+        if messages:
+            lines += ["", f"{severity}: {title} ({len(messages)})"]
+            lines += [f"  {message}" for message in messages[:SHOWN]]
+            lines += [f"  and {len(messages) - SHOWN} more"] if messages[SHOWN:] else []
+    errors, warned = report.count("error"), report.count("warning")
+    lines += ["", f"{len(report.records)} photos checked: {errors} errors, {warned} warnings"]
+    # File names may hold line breaks and escape sequences, which the terminal would obey.
+    return "\n".join(map(printable, lines))
+
+
+def write_report(report: Report, path: str | os.PathLike) -> None:
+    """Write everything as JSON: counts, findings, and the record of every file."""
+    content = {
+        "errors": report.count("error"),
+        "warnings": report.count("warning"),
+        "counts": {
+            split: {name: len(paths) for name, paths in classes.items()}
+            for split, classes in report.photos.items()
+        },
+        "findings": [{"severity": finding.severity, **vars(finding)} for finding in report.findings],
+        "files": {str(file): vars(record) for file, record in report.records.items()},
+    }
+    try:
+        with Path(path).open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, allow_nan=False, default=str)
+            file.write("\n")
+    except OSError as error:
+        raise UserError(f"--report {path} cannot be written: {error.strerror}") from error
+
+
+def default_cache_file() -> Path:
+    """Return where the check remembers files it has read."""
+    return cache_dir() / "check.json"
+
+
+def _read_cache(cache_file: Path | None) -> dict[str, Record]:
+    """Read the records of earlier checks by absolute path; none where the file is absent or damaged."""
+    try:
+        content = json.loads(cache_file.read_bytes()) if cache_file else {}
+        if content.get("version") == CACHE_VERSION:
+            return {path: Record(**record) for path, record in content["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass  # it saves time, nothing else
+    return {}
+
+
+def _write_cache(cache_file: Path, records: dict[str, Record]) -> None:
+    """Write the cache in one move, so that two checks at once leave the whole of one."""
+    content = {"version": CACHE_VERSION, "files": {path: vars(record) for path, record in records.items()}}
+    with contextlib.suppress(OSError):  # in a home that cannot be written, the next check takes longer
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_file.parent) as scratch:
+            file = Path(scratch) / cache_file.name
+            file.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+            file.replace(cache_file)

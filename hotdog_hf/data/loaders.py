@@ -1,0 +1,182 @@
+"""Data sets, samplers and loaders: batches in an order that depends on the seed alone."""
+
+import atexit
+import math
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+import numpy as np
+import torch
+
+from hotdog_hf.data.images import read_photo
+from hotdog_hf.data.transforms import Transform, derive_seed
+
+# The label of a padding photo; `torch.nn.functional.cross_entropy` leaves it out of the loss.
+IGNORED_LABEL = -100
+
+
+def map_threaded(work: Callable[[object], dict], keys: Sequence, threads: int | None = None) -> list[dict]:
+    """Return the work on every key, done by as many threads as torch takes: one in a loader process.
+
+    Decoding and resizing run without Python's lock. The network rests meanwhile, so the cores are free.
+    """
+    threads = threads or torch.get_num_threads()
+    if threads == 1:
+        return [work(key) for key in keys]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, keys))
+
+
+class PhotoDataset(torch.utils.data.Dataset):
+    """Photos as `{"pixel_values": uint8 [3, H, W], "labels": int}`; `network_input` is a batch's last step.
+
+    Keys are indices for evaluation, `(epoch, index)` for training: the augmentation of a photo is drawn from
+    (seed, epoch, index) alone, so it depends neither on the number of workers or processes nor on what was
+    drawn before. Index `PADDING` gives a photo with `IGNORED_LABEL`.
+    """
+
+    PADDING = -1
+    # Threads that share a batch; None: as many as torch takes.
+    threads: int | None = None
+
+    def __init__(self, rows: datasets.Dataset, transform: Transform, seed: int = 0):
+        self.rows, self.transform, self.seed = rows, transform, seed
+        self.labels = np.asarray(rows["label"][:], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        is_padding, index = index == self.PADDING, max(index, 0)
+        return {
+            "pixel_values": self.pixel_values(epoch, index),
+            "labels": IGNORED_LABEL if is_padding else self.labels[index],
+            "index": index,
+        }
+
+    def __getitems__(self, keys: Sequence) -> list[dict]:
+        """Return the items of a batch, as torch's loader asks for them."""
+        return map_threaded(self.__getitem__, keys, self.threads)
+
+    def pixel_values(self, epoch: int, index: int) -> torch.Tensor:
+        """Return the bytes of the transformed photo, uint8 [3, H, W]."""
+        return self.transform.pixels(read_photo(self.rows[index]), self.seed, epoch, index)
+
+    def network_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return what the network takes of a batch, float [N, 3, H, W]; computed where the batch lies."""
+        return self.transform.normalize(pixel_values)
+
+    def name_of(self, index: int) -> str:
+        """Return the file of a photo, for messages."""
+        return self.rows[index]["image"]["path"] or f"photo {index}"
+
+
+class FeatureDataset(PhotoDataset):
+    """Stands for a data set of photos without augmentation: `pixel_values` is a photo's features [D]."""
+
+    threads = 1
+
+    def __init__(self, photo_set: PhotoDataset, features: torch.Tensor):
+        super().__init__(photo_set.rows, photo_set.transform, photo_set.seed)
+        self.features = features
+
+    def pixel_values(self, epoch: int, index: int) -> torch.Tensor:
+        """Return the features; they are the same in every epoch."""
+        return self.features[index]
+
+    def network_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the features, float [N, D], as they are."""
+        return pixel_values
+
+
+class StepSampler(torch.utils.data.Sampler):
+    """For every optimizer step of an epoch, this process's share of the batch as a list of `(epoch, index)`.
+
+    The batches are those of one process whatever their number: batch b of epoch e is the b-th run of
+    `batch_size` photos of a permutation drawn from (seed, e); process r of w takes every w-th photo of it.
+    A process left without a photo by a short last batch gets one padding photo, which the loss ignores.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.first_step = 0
+
+    def seek(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch that the next iteration goes through, and the steps of it to leave out."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def photos_skipped(self) -> int:
+        """Return the number of photos in the steps left out."""
+        return min(self.first_step * self.batch_size, self.size)
+
+    def __len__(self) -> int:
+        return math.ceil(self.size / self.batch_size)
+
+    def step_sizes(self) -> list[int]:
+        """Return the number of photos of each batch to come over all processes."""
+        return [min(self.batch_size, self.size - start) for start in self._starts()]
+
+    def _starts(self) -> range:
+        return range(self.photos_skipped(), self.size, self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator).tolist()
+        for start in self._starts():
+            share = order[start : start + self.batch_size][self.rank :: self.world_size]
+            yield [(self.epoch, index) for index in share or [PhotoDataset.PADDING]]
+
+
+def train_loader(
+    dataset: PhotoDataset, batch_size: int, *, rank: int = 0, world_size: int = 1, num_workers: int = 0
+) -> torch.utils.data.DataLoader:
+    """Return batches of one optimizer step each: this process's share of `batch_size` photos, shuffled."""
+    sampler = StepSampler(len(dataset), batch_size, dataset.seed, rank, world_size)
+    return step_loader(dataset, sampler, num_workers)
+
+
+def step_loader(
+    dataset: torch.utils.data.Dataset, sampler: torch.utils.data.Sampler, num_workers: int
+) -> torch.utils.data.DataLoader:
+    """Return the loader of a sampler that yields the keys of one optimizer step at a time."""
+    return _loader(dataset, num_workers, batch_sampler=sampler, persistent_workers=num_workers > 0)
+
+
+def eval_loader(
+    dataset: PhotoDataset, batch_size: int, *, num_workers: int = 0
+) -> torch.utils.data.DataLoader:
+    """Return batches in the data set's own order, to be given to `accelerator.prepare`."""
+    return _loader(dataset, num_workers, batch_size=batch_size)
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Leave Ctrl-C and its kind to the main process, which needs its workers to finish the step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the loader processes that an error has left: they ignore the signal by which Python would."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end a fault
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def _loader(
+    dataset: torch.utils.data.Dataset, num_workers: int, **batching: object
+) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(
+        dataset,
+        worker_init_fn=_ignore_signals,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        # A generator of its own: the loader's seed for its workers must not advance the global one.
+        generator=torch.Generator(),
+        **batching,
+    )

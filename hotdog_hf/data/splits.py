@@ -1,0 +1,234 @@
+"""A data folder, or a data set of the Hub, as a `datasets` DatasetDict: read, counted, identified.
+
+A data folder is `train/<class>/*` and `test/<class>/*`, optionally `validation/` (`val`, `valid`).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+from PIL import Image
+
+from hotdog_hf.data.folder import SPLIT_FOLDERS, find_photos
+from hotdog_hf.data.images import read_photo
+from hotdog_hf.errors import UserError
+from hotdog_hf.hub import hub_errors
+
+HUB_DATA_PREFIX = "hf://datasets/"
+
+
+def load_photos(
+    data_dir: str | os.PathLike,
+    val_fraction: float = 0.0,
+    seed: int = 0,
+    skip: Collection[Path] = (),
+) -> datasets.DatasetDict:
+    """Load a data folder, or `hf://datasets/user/name`, as a DatasetDict of `image` (undecoded) and `label`.
+
+    The files in `skip` are left out; `val_fraction` of train becomes a stratified `validation` split where
+    there is none. Raises `UserError` for what is not in the expected form.
+    """
+    name = str(data_dir)
+    is_hub_data = name.startswith(HUB_DATA_PREFIX)
+    splits = _read_hub(name.removeprefix(HUB_DATA_PREFIX)) if is_hub_data else _read_folder(name, skip)
+    if val_fraction and "validation" not in splits:
+        splits |= _cut_validation(splits, val_fraction, seed)
+    return datasets.DatasetDict({name: splits[name] for name in SPLIT_FOLDERS if name in splits})
+
+
+def _read_folder(data_dir: str, skip: Collection[Path]) -> dict[str, datasets.Dataset]:
+    """Make of a data folder what `load_dataset("imagefolder")` makes, out of an explicit list of files.
+
+    `datasets`' own patterns let the word "test" inside a file name choose its split, and drop what they do
+    not match. Every split has the label order of the sorted class names.
+    """
+    files = find_photos(data_dir)
+    label_names = sorted(files["train"])
+    label = datasets.ClassLabel(names=label_names)
+    features = datasets.Features(image=datasets.Image(decode=False), label=label)
+    splits = {}
+    for split, classes in files.items():
+        used = {name: [path for path in paths if path not in skip] for name, paths in classes.items()}
+        if empty := [name for name in label_names if not used[name]]:
+            raise UserError(f"no readable image is left in {data_dir}/{split}/{empty[0]}")
+        rows = [(str(path), label) for label, name in enumerate(label_names) for path in used[name]]
+        columns = {"image": [path for path, _ in rows], "label": [label for _, label in rows]}
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    return splits
+
+
+def _read_hub(repo: str) -> dict[str, datasets.Dataset]:
+    """Load an image-classification data set of the Hub: one image and one label column, train and test."""
+    with hub_errors(repo):
+        loaded = datasets.load_dataset(repo)
+    split_of = {alias: split for split, aliases in SPLIT_FOLDERS.items() for alias in aliases}
+    splits = {
+        split_of[name]: select_image_and_label(repo, rows)
+        for name, rows in loaded.items()
+        if name in split_of
+    }
+    if unlabelled := sum(label < 0 for rows in splits.values() for label in rows["label"]):
+        raise UserError(f"{repo}: {unlabelled} photos have no label")
+    if missing := {"train", "test"} - set(splits):
+        raise UserError(
+            f"{repo} has the splits {', '.join(loaded)}; {' and '.join(sorted(missing))} is missing"
+        )
+    require_every_class(repo, counts(splits))
+    return splits
+
+
+def require_every_class(name: str, counts: dict[str, dict[str, int]]) -> None:
+    """Raise `UserError` where a split of the data set `name` has no photo of some class."""
+    for split, by_class in counts.items():
+        if empty := [label for label, count in by_class.items() if not count]:
+            raise UserError(
+                f"no image of {empty[0]!r} in {name}/{split}; every class needs some in every split"
+            )
+
+
+def select_image_and_label(
+    repo: str, rows: datasets.Dataset | datasets.IterableDataset
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Return the image and label columns under these names, images undecoded."""
+    images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    labels = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(images) != 1 or len(labels) != 1:
+        columns = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in rows.features.items())
+        raise UserError(f"{repo} must have one Image and one ClassLabel column, but has {columns}")
+    names = {images[0]: "image", labels[0]: "label"}
+    rows = rows.select_columns(list(names))
+    # A stream's columns cannot be renamed to what they are called.
+    rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def _cut_validation(
+    splits: dict[str, datasets.Dataset], fraction: float, seed: int
+) -> dict[str, datasets.Dataset]:
+    try:
+        cut = splits["train"].train_test_split(fraction, stratify_by_column="label", seed=seed)
+    except ValueError as error:  # scikit-learn's own rule: at least one photo of every class on each side
+        raise UserError(f"--val-fraction {fraction} of {len(splits['train'])} photos: {error}") from error
+    return {"train": cut["train"], "validation": cut["test"]}
+
+
+class StreamedSplit:
+    """Stands for a split that is read as it is needed: its classes, its size, and its photos in turn."""
+
+    def __init__(
+        self,
+        name: str,
+        stream: datasets.IterableDataset,
+        counts: list[int],
+        fingerprint: str,
+        sorted_by_class: bool = False,
+    ):
+        """Take rows of `image` (undecoded) and `label`, the photos of each class, and what tells a change."""
+        self.name, self.stream, self.counts, self._fingerprint = name, stream, counts, fingerprint
+        self.sorted_by_class = sorted_by_class
+        self.features, self.num_shards = stream.features, stream.num_shards
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+
+def counts(photos: datasets.DatasetDict) -> dict[str, dict[str, int]]:
+    """Return the number of photos by split and class name."""
+    label_names = photos["train"].features["label"].names
+
+    def count(rows: datasets.Dataset | StreamedSplit) -> list[int]:
+        if isinstance(rows, StreamedSplit):
+            return rows.counts
+        return np.bincount(rows["label"][:], minlength=len(label_names)).tolist()
+
+    return {split: dict(zip(label_names, count(rows), strict=True)) for split, rows in photos.items()}
+
+
+def describe(counts: dict[str, dict[str, int]]) -> str:
+    """Return a table of photo counts, a line a split and a column a class."""
+    rows = [["split", *counts["train"], "all"]]
+    rows += [[split, *by_class.values(), sum(by_class.values())] for split, by_class in counts.items()]
+    return "\n".join(" ".join(f"{value:>14}" for value in row) for row in rows)
+
+
+def push_photos(photos: datasets.DatasetDict, repo: str, *, private: bool = False) -> str:
+    """Upload photos as a data set of the Hub, files as they are, and return its address."""
+    with hub_errors(repo):
+        photos.cast_column("image", datasets.Image()).push_to_hub(repo, private=private)
+    return f"{huggingface_hub.constants.ENDPOINT}/datasets/{repo}"
+
+
+def manifest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> dict[str, list[int]]:
+    """Return what tells whether photos have changed: each file's size and time by its path in the folder.
+
+    Photos that are no files there stand as one entry a split, with the fingerprint that `datasets` gives it.
+    """
+    entries = {}
+    for split, rows in photos.items():
+        if not _are_files(rows, data_dir):
+            entries[f"{data_dir}/{split}"] = [rows._fingerprint, len(rows)]
+            continue
+        for row, name in zip(rows, names_of(rows, data_dir), strict=True):
+            status = Path(row["image"]["path"]).stat()
+            entries[name] = [status.st_size, status.st_mtime_ns]
+    return entries
+
+
+def digest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> str:
+    """Hash which photos there are, in which order, by their names and labels."""
+    facts = {
+        split: [names_of(rows, data_dir), rows["label"][:]]
+        if _are_files(rows, data_dir)
+        else [rows._fingerprint, len(rows)]
+        for split, rows in photos.items()
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def names_of(rows: datasets.Dataset, data_dir: str | os.PathLike) -> list[str]:
+    """Return each photo's path within the folder, or the name that it came with, or its number."""
+    paths = (row["image"]["path"] for row in rows)
+    if _are_files(rows, data_dir):
+        return [os.path.relpath(path, data_dir) for path in paths]
+    return [str(number) if path is None else path for number, path in enumerate(paths)]
+
+
+def _are_files(rows: datasets.Dataset | StreamedSplit, data_dir: str | os.PathLike) -> bool:
+    """Tell whether photos are files of a data folder: not of the Hub, and not of shards."""
+    if str(data_dir).startswith(HUB_DATA_PREFIX) or isinstance(rows, StreamedSplit):
+        return False
+    return rows[0]["image"]["bytes"] is None
+
+
+def resolve_positive(label_names: list[str], positive_label: str | None) -> str | None:
+    """Return the positive class: the one asked for, else "hotdog" where it exists, else None."""
+    if positive_label is None:
+        return "hotdog" if "hotdog" in label_names else None
+    if positive_label not in label_names:
+        raise UserError(
+            f"--positive-label {positive_label!r} is none of the classes: {', '.join(label_names)}"
+        )
+    return positive_label
+
+
+def sample_photos(
+    rows: datasets.Dataset, positive_label: str | None, count: int = 8
+) -> tuple[list[Image.Image], list[Image.Image], tuple[str, str]]:
+    """Return the chapter's look at the data: first photos of one class, last of the others, and titles.
+
+    The one class is the positive one, or the first where there is none.
+    """
+    names, labels = rows.features["label"].names, np.asarray(rows["label"][:])
+    one = names.index(positive_label or names[0])
+    first, last = np.flatnonzero(labels == one)[:count], np.flatnonzero(labels != one)[: -count - 1 : -1]
+    others = names[1 - one] if len(names) == 2 else f"not {names[one]}"
+    return (
+        [read_photo(rows[int(i)]) for i in first],
+        [read_photo(rows[int(i)]) for i in last],
+        (names[one], others),
+    )

@@ -1,0 +1,81 @@
+"""A network with a new output layer, which carries its preprocessing and its class names."""
+
+import copy
+import itertools
+
+import timm
+import torch
+
+from hotdog_hf.errors import UserError
+
+
+def replace_head(
+    source: torch.nn.Module, label_names: list[str], data_config: dict, head_init: str = "xavier"
+) -> torch.nn.Module:
+    """Turn the source into the chapter's target model: its body, and one new linear layer for our classes.
+
+    "xavier" draws the layer's weight by Xavier uniform and leaves the bias as `nn.Linear` draws it (Dive into
+    Deep Learning, section 14.2); "linear" leaves both. A saved model of the very same classes keeps its head.
+    The model then carries `data_config` and the names.
+    """
+    if not isinstance(source.get_classifier(), torch.nn.Linear):
+        kind = type(source.get_classifier()).__name__
+        raise UserError(f"this model's classifier is a {kind}, not one linear layer; choose another --model")
+    in_features = source.get_classifier().in_features
+    if source.pretrained_cfg.get("label_names") != label_names:
+        source.reset_classifier(len(label_names))
+        head = source.get_classifier()
+        assert head.in_features == in_features
+        torch.nn.Linear.reset_parameters(head)  # timm's models differ in how they draw a new classifier
+        if head_init == "xavier":
+            torch.nn.init.xavier_uniform_(head.weight)
+    source.pretrained_cfg = (
+        source.pretrained_cfg
+        | data_config
+        | {
+            "num_classes": len(label_names),
+            "label_names": list(label_names),
+        }
+    )
+    return source
+
+
+def freeze_body(net: torch.nn.Module) -> None:
+    """Let gradients reach the output layer alone."""
+    net.requires_grad_(False)
+    net.get_classifier().requires_grad_(True)
+
+
+def modules_in_eval_mode(net: torch.nn.Module, *, body: bool, batch_norm: bool) -> list[torch.nn.Module]:
+    """Return what stays in evaluation mode while training: the whole body, or its BatchNorm layers, or none.
+
+    Such BatchNorm layers normalise by the source's statistics and leave them alone; their scales and shifts
+    are trained all the same where the body is.
+    """
+    if body:
+        return [net]  # a linear output layer computes the same in either mode
+    kinds = torch.nn.modules.batchnorm._BatchNorm
+    return [module for module in net.modules() if batch_norm and isinstance(module, kinds)]
+
+
+def to_meta(net: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a network that holds no memory: all that is saved of it besides its weights."""
+    tensors = itertools.chain(net.parameters(), net.buffers())
+    return copy.deepcopy(net, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
+
+
+def data_config_of(model: torch.nn.Module) -> dict:
+    """Return the preprocessing a model carries: input_size, interpolation, mean, std, crop_pct, crop_mode."""
+    config = timm.data.resolve_model_data_config(model)
+    # A loaded config.json has lists where timm's own configs have tuples.
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+
+
+def label_names_of(model: torch.nn.Module) -> list[str]:
+    """Return the class names of a model, in the order of its outputs."""
+    return list(model.pretrained_cfg["label_names"])
+
+
+def describe_head(model: torch.nn.Module) -> str:
+    """Return the classifier as the chapter prints it: `Linear(in_features=512, out_features=1000, ...)`."""
+    return repr(model.get_classifier())

@@ -1,0 +1,245 @@
+"""A saved or exported model -> labels and probabilities of images, batch by batch.
+
+No torch at import: an exported model (.onnx) predicts with ONNX Runtime alone.
+"""
+
+import csv
+import functools
+import glob
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hotdog_hf.data.images import IMAGE_SUFFIXES, decode_image, normalize, resize_and_crop
+from hotdog_hf.errors import UserError, printable
+from hotdog_hf.machine import allowed_cores, keep_freed_memory
+
+MAX_DECODERS = 8
+NEEDS_ONNX = 'this needs onnx and onnxruntime: pip install -e ".[onnx]"'
+
+
+class Predictor(NamedTuple):
+    """A model ready to predict: `probabilities` maps RGB bytes, uint8 [N, H, W, 3], to [N, classes]."""
+
+    label_names: list[str]
+    data_config: dict
+    probabilities: Callable[[np.ndarray], np.ndarray]
+    # Whether it computes elsewhere than on the CPU, which can decode meanwhile.
+    leaves_cpu_free: bool = False
+
+
+class Prediction(NamedTuple):
+    """What is said of one image; the probabilities have 4 digits."""
+
+    path: str
+    label: str
+    probabilities: dict[str, float]
+
+
+def load_predictor(name: str | os.PathLike, precision: str = "no") -> Predictor:
+    """Load a saved model, or a .onnx file of `export_onnx`; `UserError` where there is none.
+
+    A saved model computes in float32 ("no") or "bf16", an exported one as it was exported.
+    """
+    if Path(name).suffix != ".onnx":
+        return _load_saved(name, precision)
+    if precision != "no":
+        raise UserError(f"--precision {precision} is for saved models; {name} computes as it was exported")
+    return _load_exported(Path(name))
+
+
+def _load_saved(name: str | os.PathLike, precision: str) -> Predictor:
+    import torch
+
+    from hotdog_hf.data import transforms
+    from hotdog_hf.model import network, saved
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # torch's own default for convolutions
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+    net = saved.load_model(name).to(device, memory_format=transforms.MEMORY_FORMAT)
+    data_config = network.data_config_of(net)
+    to_input = transforms.Normalize(data_config["mean"], data_config["std"])
+
+    @torch.inference_mode()
+    def probabilities(images: np.ndarray) -> np.ndarray:
+        batch = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+        with autocast:
+            logits = net(to_input(batch))
+        return logits.float().softmax(dim=1).cpu().numpy()
+
+    return Predictor(network.label_names_of(net), data_config, probabilities, device != "cpu")
+
+
+def _load_exported(path: Path) -> Predictor:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise UserError(NEEDS_ONNX) from error
+    if not path.is_file():
+        raise UserError(f"no such model: {path}")
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no base class
+        raise UserError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+    about = session.get_modelmeta().custom_metadata_map
+    if not {"label_names", "data_config"} <= set(about):
+        raise UserError(f"{path} was not made by scripts/export.py: it names no classes or no preprocessing")
+
+    data_config = json.loads(about["data_config"])
+
+    def probabilities(images: np.ndarray) -> np.ndarray:
+        return session.run(["probabilities"], {"pixel_values": normalize(images, data_config)})[0]
+
+    return Predictor(json.loads(about["label_names"]), data_config, probabilities)
+
+
+def decision_rule(
+    label_names: list[str], positive_label: str | None = None, threshold: float | None = None
+) -> Callable[[np.ndarray], int]:
+    """Return the rule from an image's probabilities [classes] to the index of its label.
+
+    Without a threshold, the most probable class. With one, the positive class where its probability is at
+    least the threshold, else the best of the others; the positive class is the one given, or "hotdog" of two.
+    Raises `UserError` where there is none.
+    """
+    if positive_label is None and len(label_names) == 2 and "hotdog" in label_names:
+        positive_label = "hotdog"
+    if positive_label is not None and positive_label not in label_names:
+        raise UserError(
+            f"--positive-label {positive_label!r} is none of the classes: {', '.join(label_names)}"
+        )
+    if threshold is None:
+        return lambda probabilities: int(np.argmax(probabilities))
+    if positive_label is None:
+        raise UserError(f"--threshold needs a --positive-label, one of: {', '.join(label_names)}")
+    positive = label_names.index(positive_label)
+    others = [index for index in range(len(label_names)) if index != positive]
+    return lambda probabilities: (
+        positive if probabilities[positive] >= threshold else max(others, key=probabilities.__getitem__)
+    )
+
+
+def find_images(paths: Iterable[str]) -> Iterator[str | UserError]:
+    """Yield image files in the order of `paths`: files, folders (all below), patterns, "-" (standard input).
+
+    One folder's names are held at a time, sorted. What is not there is yielded as a `UserError` in its place.
+    """
+    for path in paths:
+        if path == "-":
+            # Bytes, so that a file name in another encoding is found too.
+            lines = filter(None, (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer))
+            found = itertools.chain.from_iterable(map(_expand, lines))
+            yield from itertools.chain([next(found, UserError("no paths on standard input"))], found)
+        else:
+            yield from _expand(path)
+
+
+def _expand(path: str) -> Iterator[str | UserError]:
+    if os.path.isdir(path):  # noqa: PTH112 (pathlib's raises for an overlong name and takes "" for ".")
+        yield from _walk(path)
+    elif os.path.lexists(path):
+        yield path
+    elif set("*?[") & set(path):
+        matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (pathlib wants no absolute pattern)
+        if "**" in path:  # matches folders, and the files in them as well
+            matches = [match for match in matches if not Path(match).is_dir()]
+        yield from itertools.chain.from_iterable(map(_expand, matches))
+        if not matches:
+            yield UserError(f"nothing matches {path}")
+    else:
+        yield UserError(f"no such file or folder: {path}")
+
+
+def _walk(folder: str) -> Iterator[str | UserError]:
+    problems, empty = [], True
+    for parent, folders, files in os.walk(folder, onerror=problems.append):
+        folders.sort()
+        for name in sorted(files):
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                empty = False
+                yield os.path.join(parent, name)  # noqa: PTH118 (pathlib's would drop a leading ./)
+    yield from (UserError(f"cannot list {error.filename}: {error.strerror}") for error in problems)
+    if empty and not problems:
+        yield UserError(f"no image in {folder}")
+
+
+def predict_paths(
+    predictor: Predictor, paths: Iterable[str], choose: Callable[[np.ndarray], int], batch_size: int = 32
+) -> Iterator[Prediction | UserError]:
+    """Yield a prediction for every image, or the `UserError` that says why there is none, in order.
+
+    Cores share the decoding of a batch: while a GPU works on the one before, but in turns with a network on
+    the CPU, for they would slow each other down. No more is held in memory.
+    """
+    images, label_names = find_images(paths), predictor.label_names
+    read = functools.partial(_read, data_config=predictor.data_config)
+    with ThreadPoolExecutor(1 + min(allowed_cores(), MAX_DECODERS)) as pool:
+
+        def read_batch() -> list[tuple[str, np.ndarray] | UserError]:
+            return list(pool.map(read, itertools.islice(images, batch_size)))
+
+        ahead = pool.submit(read_batch) if predictor.leaves_cpu_free else None
+        while batch := ahead.result() if ahead else read_batch():
+            # Found in a thread too: who writes to standard input gets answers before the next path is due.
+            ahead = pool.submit(read_batch) if ahead else None
+            readable = [item[1] for item in batch if not isinstance(item, UserError)]
+            rows = iter(predictor.probabilities(np.stack(readable)) if readable else [])
+            for item in batch:
+                if isinstance(item, UserError):
+                    yield item
+                    continue
+                row = next(rows)
+                values = dict(zip(label_names, row.astype(float).round(4).tolist(), strict=True))
+                yield Prediction(item[0], label_names[choose(row)], values)
+
+
+def _read(found: str | UserError, data_config: dict) -> tuple[str, np.ndarray] | UserError:
+    if isinstance(found, UserError):
+        return found
+    try:
+        image = decode_image(found)
+    except UserError as error:
+        return error
+    return found, resize_and_crop(image, data_config)
+
+
+def format_header(style: str, label_names: list[str]) -> str | None:
+    """Return the line above the predictions, or None where the style has none."""
+    if style == "csv":
+        return _csv_line(["path", "label", "probability", *label_names])
+    return _table_line("label", label_names, label_names, "path") if style == "table" else None
+
+
+def format_prediction(style: str, prediction: Prediction) -> str:
+    """Return one line as "table", "jsonl" or "csv"; a csv cell may go on over several."""
+    path, label, probabilities = prediction
+    if style == "jsonl":
+        row = {"path": path, "label": label, "probability": probabilities[label]}
+        return json.dumps(row | {"probabilities": probabilities})
+    values = [f"{value:.4f}" for value in probabilities.values()]
+    if style == "csv":
+        return _csv_line([path, label, f"{probabilities[label]:.4f}", *values])
+    return _table_line(label, values, list(probabilities), printable(path))
+
+
+def _table_line(label: str, values: list[str], label_names: list[str], path: str) -> str:
+    # The path comes last: the widths before it are known without having seen every path.
+    columns = [f"{value:>{max(len(name), 6)}}" for value, name in zip(values, label_names, strict=True)]
+    return "  ".join([f"{label:<{max(map(len, ['label', *label_names]))}}", *columns, path])
+
+
+def _csv_line(cells: list[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line).writerow(cells)
+    return line.getvalue().removesuffix("\r\n")

@@ -1,0 +1,1 @@
+"""The chapter as a study of many runs."""

@@ -1,0 +1,129 @@
+"""Which runs the study consists of."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from hotdog_hf.config import HARMLESS, RECIPES, TrainConfig, flatten, to_dict
+
+# The arms by name: the recipe, and what the table calls it.
+ARMS = {
+    "finetune": ("chapter", "fine-tuned (the chapter)"),
+    "scratch": ("scratch", "from scratch"),
+    "frozen": ("frozen", "body frozen (exercise 3)"),
+    "class-vector": ("class-vector", "from the source's class vector (exercise 4)"),
+    "probe": ("probe", "solved head, no training"),
+    "best": ("best", "our recipe"),
+}
+# Exercise 1: the chapter's rate times these. Exercise 2: every pair of these factors and weight decays.
+RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+GRID_FACTORS, GRID_DECAYS = (0.3, 1.0, 3.0), (0.0001, 0.001, 0.01)
+# What else was tried for the recipe "best", each judged on a validation split alone.
+VARIANTS: dict[str, dict] = {
+    "best": {},
+    "probe without crops": {"probe_views": 0},
+    "head not solved": {"head_init": "xavier", "probe_views": 0, "head_lr_mult": 10.0},
+    "BatchNorm by the batch": {"batch_norm": "batch"},
+    "SGD": {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 3e-4, "weight_decay": 1e-4},
+    "a third of the rate": {"learning_rate": 1e-5},
+    "three times the rate": {"learning_rate": 1e-4},
+    "crops of 160 pixels": {"train_image_size": 160},
+    "crops from 8 %": {"min_crop_area": 0.08},
+    "without the average": {"ema_decay": 0.0},
+    "label smoothing 0.1": {"label_smoothing": 0.1},
+    "lower layers slower": {"layer_decay": 0.7},
+}
+# Knobs of the study that every run takes over.
+COMMON = (
+    "data_dir",
+    "model",
+    "weights",
+    "source_class",
+    "epochs",
+    "image_size",
+    "positive_label",
+    "bad_images",
+    "num_workers",
+    "num_threads",
+)
+# Share of train that judges the grid and the variants.
+CHOICE_FRACTION = 0.2
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the study: its place in it, and its config."""
+
+    experiment: str
+    name: str
+    seed: int
+    config: TrainConfig
+
+    def folder(self, study_dir: Path, photos: dict, num_processes: int) -> Path:
+        """Return the run's folder: another one for another config, other photos, or other processes."""
+        usual = flatten(to_dict(TrainConfig()))
+        # What is as usual is left out, so that a knob that is new in a later version changes no folder.
+        knobs = {
+            name: value
+            for name, value in flatten(to_dict(self.config)).items()
+            if name not in HARMLESS and value != usual[name]
+        }
+        facts = json.dumps([knobs, photos, num_processes], sort_keys=True)
+        return study_dir / f"{self.name}-seed{self.seed}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+
+
+def override(config: TrainConfig, **knobs: object) -> TrainConfig:
+    """Return the config with some knobs set, whatever group they belong to."""
+    groups = {}
+    for group in ("data", "model", "optim", "run", "hub"):
+        part = getattr(config, group)
+        own = {field.name for field in dataclasses.fields(part)} & knobs.keys()
+        groups[group] = dataclasses.replace(part, **{name: knobs.pop(name) for name in own})
+    return dataclasses.replace(config, **groups, **knobs)
+
+
+def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
+    """Return the runs of one experiment, with the `common` knobs (data, model, size) on top of its recipe.
+
+    Raises `ValueError` for knobs that do not go together.
+    """
+
+    def run(name: str, recipe: str, seed: int = 0, **knobs: object) -> Run:
+        # Knobs that are part of a recipe, or of no use to it.
+        kept_out = {
+            "weights": recipe == "scratch",
+            "source_class": recipe != "class-vector",
+            "epochs": recipe == "probe",
+        }
+        shared = {key: value for key, value in common.items() if not kept_out.get(key)}
+        return Run(experiment, name, seed, override(RECIPES[recipe], **shared | knobs, seed=seed))
+
+    if experiment in ARMS:
+        return [run(experiment, ARMS[experiment][0], seed) for seed in range(seeds)]
+    if experiment == "rates":
+        rate = RECIPES["chapter"].optim.learning_rate
+        # The chapter's own rate is the first run of the fine-tuned arm.
+        return [
+            run("finetune" if factor == 1 else f"rate-x{factor:g}", "chapter", learning_rate=rate * factor)
+            for factor in RATE_FACTORS
+        ]
+    if experiment == "grid":
+        return [
+            run(
+                f"grid-{arm}-x{factor:g}-decay{decay:g}",
+                ARMS[arm][0],
+                learning_rate=RECIPES[ARMS[arm][0]].optim.learning_rate * factor,
+                weight_decay=decay,
+                val_fraction=CHOICE_FRACTION,
+            )
+            for arm in ("finetune", "scratch")
+            for factor in GRID_FACTORS
+            for decay in GRID_DECAYS
+        ]
+    return [
+        run(f"variant-{name}", "best", seed, **{"val_fraction": CHOICE_FRACTION, **knobs})
+        for name, knobs in VARIANTS.items()
+        for seed in range(min(seeds, 2))
+    ]

@@ -1,0 +1,1 @@
+"""Training: the job, the loop, the run on disk."""

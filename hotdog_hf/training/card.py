@@ -1,0 +1,212 @@
+"""The model card: what the model is, how it was made, how good it is, with metadata for the Hub."""
+
+import html
+import os
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+
+from hotdog_hf.files import write_text
+from hotdog_hf.metrics import CARD_METRICS
+from hotdog_hf.training.launch import describe_versions
+
+
+def write_card(
+    run_dir: str | os.PathLike,
+    *,
+    name: str,
+    config: dict,
+    counts: dict[str, dict[str, int]],
+    scores: dict,
+    positive_label: str | None,
+    hardware: str,
+    source: str,
+    data_config: dict,
+) -> Path:
+    """Write `model/README.md` of a run, with its pictures beside it, and return its path.
+
+    `config` is the run's, in groups; `counts` the photos by split and class; `scores` the final test scores,
+    `test_...`; `source` the weights that training started from.
+    """
+    run_dir = Path(run_dir)
+    folder, label_names = run_dir / "model", list(counts["train"])
+    metadata = huggingface_hub.ModelCardData(
+        license=config["hub"]["license"],
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "transformers", "hotdog_hf"],
+        base_model=source.removeprefix("hf-hub:") if source.startswith(("hf-hub:", "timm/")) else None,
+        model_name=name,
+        eval_results=_eval_results(scores, positive_label, config["data"]["data_dir"], counts["test"]),
+    )
+    pictures = []
+    for picture in ("curves.png", "samples.png"):
+        if (run_dir / picture).is_file():
+            shutil.copy(run_dir / picture, folder / picture)
+            pictures.append(picture)
+    text = "\n\n".join(
+        [
+            f"---\n{metadata.to_yaml()}\n---",
+            f"# {_text(name)}",
+            _summary(label_names, counts, scores, source),
+            _usage(folder, data_config),
+            _results(label_names, scores, positive_label, counts["test"]),
+            _training(config, counts, hardware),
+            *(f"![{picture.removesuffix('.png')}]({picture})" for picture in pictures),
+            _limits(label_names, counts, scores),
+        ]
+    )
+    huggingface_hub.ModelCard(text)  # raises where the metadata is not valid
+    write_text(folder / "README.md", text + "\n")
+    return folder / "README.md"
+
+
+def _text(value: object) -> str:
+    """Escape a name for Markdown with HTML in it: a class called `<img onerror=...>` stays text."""
+    return html.escape(str(value)).replace("|", "&#124;").replace("`", "&#96;").replace("\n", " ")
+
+
+def _eval_results(scores: dict, positive_label: str | None, data_dir: str, test_counts: dict) -> list:
+    names = {key: f"{label} ({positive_label})" for key, label in CARD_METRICS.items()} | {
+        "accuracy": "Accuracy"
+    }
+    names |= {f"macro_{key}": f"{label} (macro)" for key, label in CARD_METRICS.items()}
+    return [
+        huggingface_hub.EvalResult(
+            task_type="image-classification",
+            dataset_type="imagefolder",
+            dataset_name=Path(data_dir).name or data_dir,
+            dataset_split="test",
+            dataset_args={"photos": sum(test_counts.values())},
+            metric_type=key,
+            metric_name=names[key],
+            metric_value=round(scores[f"test_{key}"], 4),
+        )
+        for key in names
+        if f"test_{key}" in scores
+    ]
+
+
+def _summary(label_names: list[str], counts: dict, scores: dict, source: str) -> str:
+    classes = ", ".join(f"**{_text(name)}**" for name in label_names)
+    return (
+        f"An image classifier for {len(label_names)} classes: {classes}. Trained with hotdog_hf on"
+        f" {sum(counts['train'].values())} photos, starting from {_text(source)};"
+        f" it is right on {scores['test_accuracy']:.1%} of {sum(counts['test'].values())} test photos."
+    )
+
+
+def _usage(folder: Path, data_config: dict) -> str:
+    size = "x".join(str(side) for side in data_config["input_size"][1:])
+    return f"""## Use
+
+The input is {size} pixels ({data_config["interpolation"]}, {data_config["crop_mode"]} crop of
+{data_config["crop_pct"]:.3f}); every loader below reads that from `config.json`. Put the folder or the Hub
+name for `MODEL`.
+
+```python
+# transformers
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="MODEL")
+print(classify("photo.jpg"))
+```
+
+```python
+# timm ("hf-hub:user/name" for a model on the Hub)
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model("local-dir:MODEL", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.no_grad():
+    probabilities = model(transform(Image.open("photo.jpg").convert("RGB"))[None]).softmax(dim=1)[0]
+print(dict(zip(model.pretrained_cfg["label_names"], probabilities.tolist())))
+```
+
+```python
+# hotdog_hf: the same, and EXIF rotation, transparency, 16-bit and CMYK files as in training
+import hotdog_hf
+import torch
+from hotdog_hf import data_config_of, decode_image, eval_transform, label_names_of
+
+model = hotdog_hf.load_model("MODEL")
+with torch.no_grad():
+    pixels = eval_transform(data_config_of(model))(decode_image("photo.jpg"))
+    probabilities = model(pixels[None]).softmax(dim=1)[0]
+print(dict(zip(label_names_of(model), probabilities.tolist())))
+```"""
+
+
+def _results(label_names: list[str], scores: dict, positive_label: str | None, test_counts: dict) -> str:
+    of = f" of {_text(positive_label)}" if positive_label else ""
+    rows = [
+        f"| {label}{'' if key == 'accuracy' else of} | {scores[f'test_{key}']:.4f} |"
+        for key, label in CARD_METRICS.items()
+        if f"test_{key}" in scores
+    ]
+    rows += [
+        f"| {label}, mean over classes | {scores[f'test_macro_{key}']:.4f} |"
+        for key, label in CARD_METRICS.items()
+        if f"test_macro_{key}" in scores
+    ]
+    heads = " | ".join(_text(name) for name in label_names)
+    confusion = [
+        f"| **{_text(name)}** | {' | '.join(map(str, row))} |"
+        for name, row in zip(label_names, scores["test_confusion_matrix"], strict=True)
+    ]
+    return "\n".join(
+        [
+            f"## Results\n\nOn the test split ({sum(test_counts.values())} photos), which chose nothing:\n",
+            "| metric | value |\n| --- | --- |",
+            *rows,
+            f"\n| true class, predicted as | {heads} |\n| --- |{' --- |' * len(label_names)}",
+            *confusion,
+        ]
+    )
+
+
+def _training(config: dict, counts: dict, hardware: str) -> str:
+    label_names = list(counts["train"])
+    table = [
+        f"| split | {' | '.join(_text(name) for name in label_names)} |",
+        f"| --- |{' --- |' * len(label_names)}",
+    ]
+    table += [
+        f"| {split} | {' | '.join(str(by_class[name]) for name in label_names)} |"
+        for split, by_class in counts.items()
+    ]
+    knobs = ", ".join(f"{name} {value}" for name, value in config["optim"].items())
+    return "\n".join(
+        [
+            "## Training\n\nPhotos:\n",
+            *table,
+            f"\nRecipe {config['recipe']}, seed {config['run']['seed']}: {knobs}.",
+            f"\nHardware: {_text(hardware)}. {describe_versions()}.",
+        ]
+    )
+
+
+def _limits(label_names: list[str], counts: dict, scores: dict) -> str:
+    matrix, total = scores["test_confusion_matrix"], sum(counts["test"].values())
+    wrong = total - sum(row[index] for index, row in enumerate(matrix))
+    worst, confused = max(
+        ((i, j) for i in range(len(matrix)) for j in range(len(matrix)) if i != j),
+        key=lambda ij: matrix[ij[0]][ij[1]],
+    )
+    error = (scores["test_accuracy"] * (1 - scores["test_accuracy"]) / total) ** 0.5
+    mistakes = (
+        f"It was wrong on {wrong} of {total} test photos; most often ({matrix[worst][confused]} times) it"
+        f" took {_text(label_names[worst])} for {_text(label_names[confused])}."
+        if wrong
+        else f"It made no mistake on {total} test photos, which does not mean that it makes none."
+    )
+    return (
+        "## Limits and intended use\n\n"
+        "Meant for photos like those it was trained on. It always answers with one of its"
+        f" {len(label_names)} classes, also for pictures of anything else. {mistakes} With {total} test"
+        f" photos the accuracy has a standard error of {error:.1%}. Try it on your own photos before you rely"
+        " on it; it is not made for decisions about people."
+    )

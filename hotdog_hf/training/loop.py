@@ -1,0 +1,248 @@
+"""One training run from photos to a saved, judged model: `train` has the loop over the epochs."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from hotdog_hf import files, metrics
+from hotdog_hf.config import TrainConfig, flatten, to_dict
+from hotdog_hf.data import images
+from hotdog_hf.data.splits import counts, manifest, names_of, sample_photos
+from hotdog_hf.errors import UserError, message_of
+from hotdog_hf.model import saved
+from hotdog_hf.model.source import describe_source
+from hotdog_hf.training import card, checkpoint, engine, launch, plots, records, sharding
+from hotdog_hf.training.job import Job, build
+from hotdog_hf.training.run_dir import (
+    check_same_run,
+    default_run_dir,
+    open_run_dir,
+    read_identity,
+    resume_command,
+    write_identity,
+)
+from hotdog_hf.training.state import Progress
+
+
+def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal) -> Path | None:
+    """Load photos and model, train, evaluate, save; return the run's folder, or None where it was stopped."""
+    started, job = time.perf_counter(), build(config, accelerator)
+    with contextlib.ExitStack() as stack:
+        run_dir = open_run(job, stack)
+        if job.state.progress.epoch == 0:
+            job.state.progress.seconds = time.perf_counter() - started
+        evaluation = None
+        # Each epoch is judged; of a solved head also the start, as epoch 0.
+        for epoch in range(job.state.progress.epoch, config.optim.epochs + 1):
+            if epoch > 0 and not train_epoch(job, run_dir, epoch, stop):
+                return None
+            evaluation = evaluate_epoch(job, run_dir, epoch)
+        if evaluation is None or job.eval_split != "test":
+            evaluation = evaluate_saved(job, run_dir)
+        finish(job, run_dir, evaluation, started)
+    return run_dir
+
+
+class Evaluation(NamedTuple):
+    """What a network says of a split: the scores, the probabilities [N, classes], and the labels [N]."""
+
+    scores: dict
+    probabilities: torch.Tensor
+    labels: torch.Tensor
+
+
+def open_run(job: Job, stack: contextlib.ExitStack) -> Path:
+    """Open the run's folder, locked as long as `held` is open, and go on from a checkpoint where asked.
+
+    Done last of all that can be refused, so that a refused start leaves nothing behind.
+    """
+    config, accelerator = job.config, job.accelerator
+    identity = {
+        "config": to_dict(config),
+        "num_processes": accelerator.num_processes,
+        "precision": launch.precision_of(accelerator),
+        "photos": manifest(job.splits, config.data.data_dir),
+    }
+    found = launch.run_on_main(accelerator, lambda: _checkpoint_to_go_on_from(config, identity))
+    run_dir = checkpoint.run_dir_of(found) if found else config.run.output_dir
+    run_dir = run_dir or default_run_dir(config.recipe)
+
+    def open_folder() -> Path:
+        folder, lock = open_run_dir(run_dir, resume=config.run.resume is not None)
+        stack.callback(lock.release)
+        with files.writing_to(folder):
+            write_identity(folder, identity, job.skipped)
+            shown = job.splits["test" if config.data.streaming else "train"]
+            plots.plot_samples(*sample_photos(shown, job.positive_label), folder / "samples.png")
+        return folder
+
+    run_dir = launch.run_on_main(accelerator, open_folder)
+    launch.start_tracker(accelerator, run_dir, flatten(identity["config"]))
+    if found:
+        content = launch.run_on_main(accelerator, lambda: checkpoint.read(found))
+        checkpoint.load(content, accelerator, job.state)
+        progress = job.state.progress
+        accelerator.print(f"resumed from {found}: epoch {progress.epoch}, step {progress.step}")
+    return run_dir
+
+
+def _checkpoint_to_go_on_from(config: TrainConfig, identity: dict) -> Path | None:
+    found = checkpoint.find(config.run.resume, config.run.output_dir)
+    if found:
+        before = read_identity(checkpoint.run_dir_of(found))
+        check_same_run(before, identity, config.run.resume_anyway)
+    return found
+
+
+def train_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) -> bool:
+    """Train over the rest of an epoch; return False where the run was told to stop, and is saved."""
+    config, accelerator, state = job.config, job.accelerator, job.state
+    progress = state.progress
+    job.train_loader.batch_sampler.seek(epoch, progress.step)
+    if progress.step == 0:
+        progress.learning_rate = state.optimizer.param_groups[-1]["lr"]
+    tick, every = time.perf_counter(), config.run.checkpoint_every
+    with add_progress_to_errors(job, run_dir):
+        for waited in engine.train_steps(
+            accelerator,
+            state.model,
+            job.train_loader,
+            state.optimizer,
+            state.schedule,
+            state.totals,
+            loss_reduction=config.optim.loss_reduction,
+            label_smoothing=config.optim.label_smoothing,
+            accumulation_steps=config.optim.gradient_accumulation_steps,
+            average=state.average,
+            eval_modules=job.eval_modules,
+            title=f"epoch {epoch}/{config.optim.epochs}",
+        ):
+            progress.step += 1
+            progress.total_steps += 1
+            before, tick = tick, time.perf_counter()
+            progress.seconds += tick - before
+            progress.waited += waited
+            stopped = launch.any_process(accelerator, bool(stop.number))
+            if stopped or (every != "epoch" and progress.total_steps % every == 0):
+                save_checkpoint(job, run_dir)
+            if stopped:
+                how = resume_command(run_dir)
+                accelerator.print(f"stopped in epoch {epoch}; go on with: {how}")
+                return False
+    return True
+
+
+def evaluate_epoch(job: Job, run_dir: Path, epoch: int) -> Evaluation:
+    """Judge what the epoch has made of the weights, note it, keep the model if it is to be kept, and save."""
+    config, accelerator, state = job.config, job.accelerator, job.state
+    eval_split, progress = job.eval_split, state.progress
+    row = {"epoch": epoch, "learning_rate": progress.learning_rate}
+    row |= records.epoch_row(accelerator, state.totals, progress.seconds)
+    network = state.average.module if state.average and epoch > 0 else state.model
+    tick = time.perf_counter()
+    evaluation = evaluate(job, run_dir, network, eval_split)
+    row |= {"loading_seconds": progress.waited, "evaluating_seconds": time.perf_counter() - tick}
+    row |= {f"{eval_split}_{name}": value for name, value in evaluation.scores.items()}
+    accelerator.print(records.describe_epoch(row, eval_split))
+    launch.log(accelerator, records.numbers(row), step=epoch)
+
+    solved = progress.rows and progress.rows[0]["epoch"] == 0
+    start = records.scores_of(progress.rows[0], eval_split) if solved else None
+    quality = metrics.quality(evaluation.scores, start)
+    keeps = quality > progress.best if config.run.keep == "best" else epoch == config.optim.epochs
+    state.progress = Progress(
+        epoch=epoch + 1,
+        total_steps=progress.total_steps,
+        rows=[*progress.rows, row],
+        best=max(quality, progress.best),
+    )
+    state.totals.zero_()
+    kept = job.net if config.model.cache_features else accelerator.unwrap_model(network)
+    weights = sharding.full_tensors(kept.state_dict(), keep=accelerator.is_main_process) if keeps else None
+    with add_progress_to_errors(job, run_dir):
+        if accelerator.is_main_process:
+            with files.writing_to(run_dir):
+                records.write_metrics(run_dir, state.progress.rows)
+                plots.plot_curves(state.progress.rows, eval_split, run_dir / "curves.png")
+                if keeps:
+                    saved.save_model(job.meta_model, run_dir / "model", config.hub.license, weights)
+        save_checkpoint(job, run_dir)
+    return evaluation
+
+
+def evaluate_saved(job: Job, run_dir: Path) -> Evaluation:
+    """Judge the model that was kept on the test split, which no epoch was judged by."""
+
+    def kept_state() -> dict[str, torch.Tensor]:
+        kept = saved.load_model(run_dir / "model")
+        return (kept.get_classifier() if job.config.model.cache_features else kept).state_dict()
+
+    kept = launch.run_on_main(job.accelerator, kept_state)
+    sharding.load_state(job.accelerator.unwrap_model(job.state.model), kept)
+    return evaluate(job, run_dir, job.state.model, "test")
+
+
+def finish(job: Job, run_dir: Path, evaluation: Evaluation, started: float) -> None:
+    """Write the final numbers, the predictions and the model card, and say where all of it is."""
+    config, accelerator = job.config, job.accelerator
+    final = records.final_row(
+        job.state.progress.rows, evaluation.scores, seconds=time.perf_counter() - started
+    )
+    if not config.model.cache_features:
+        size = config.data.train_image_size or job.data_config["input_size"][-1]
+        limit, _ = engine.measure_speed(accelerator, job.net, size, min(job.micro_batch_size, 32))
+        final["share_of_limit"] = final["examples_per_second"] * limit
+    if accelerator.is_main_process:
+        with files.writing_to(run_dir):
+            records.write_metrics(run_dir, [*job.state.progress.rows, final])
+            names = names_of(job.splits["test"], config.data.data_dir)
+            answers = evaluation.probabilities, evaluation.labels, job.label_names
+            records.write_predictions(run_dir / "predictions.csv", names, *answers)
+            card.write_card(
+                run_dir,
+                name=(config.hub.push_to_hub or run_dir.name).rpartition("/")[2],
+                config=to_dict(config),
+                counts=counts(job.splits),
+                scores=final,
+                positive_label=job.positive_label,
+                hardware=job.hardware,
+                source=describe_source(config.model.model, config.model.weights),
+                data_config=job.data_config,
+            )
+    accelerator.print(records.describe_final(final, run_dir, job.hardware))
+
+
+def evaluate(job: Job, run_dir: Path, network: torch.nn.Module, split: str) -> Evaluation:
+    """Judge a network on a split, on every process with the first one's BatchNorm statistics."""
+    sharding.broadcast_state(network)
+    with add_progress_to_errors(job, run_dir):
+        probabilities, labels = engine.predict(job.accelerator, network, job.eval_loaders[split], title=split)
+    return Evaluation(job.metric.compute(predictions=probabilities, references=labels), probabilities, labels)
+
+
+def save_checkpoint(job: Job, run_dir: Path) -> None:
+    """Save all that a resumed run needs."""
+    checkpoint.save(run_dir, job.accelerator, job.state, keep=job.config.run.keep_checkpoints)
+
+
+@contextlib.contextmanager
+def add_progress_to_errors(job: Job, run_dir: Path) -> Iterator[None]:
+    """Add to a `UserError` how far the run had come, and the checkpoint that it can go on from.
+
+    It may be a photo that can't be read any more, a loss that isn't finite, or a full disk.
+    """
+    try:
+        yield
+    except UserError as error:
+        if isinstance(error, images.UnreadableImageError) and job.accelerator.num_processes == 1:
+            save_checkpoint(job, run_dir)
+        progress = job.state.progress
+        epoch = min(progress.epoch, job.config.optim.epochs)
+        where = f"epoch {epoch}, after {progress.total_steps} steps"
+        last = checkpoint.latest(run_dir) or "none"
+        raise UserError(f"{where}: {message_of(error)}. Last good checkpoint: {last}") from error

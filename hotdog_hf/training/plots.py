@@ -1,0 +1,53 @@
+"""The chapter's two figures: training curves, and sample photos."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+matplotlib.use("Agg")  # no window, also where a display exists
+from matplotlib import pyplot as plt
+
+
+@contextlib.contextmanager
+def figure_axes(size: tuple[float, float], path: str | os.PathLike) -> Iterator[plt.Axes]:
+    """Yield axes of so many inches to draw in, and save them as `path`."""
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    yield axes
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_curves(rows: list[dict], eval_split: str, path: str | os.PathLike) -> None:
+    """Draw train loss, train accuracy and `eval_split` accuracy over the epochs, as the chapter's figure."""
+    epochs = [row["epoch"] for row in rows]
+    with figure_axes((5.5, 3.6), path) as axes:
+        axes.plot(epochs, [row["train_loss"] for row in rows], label="train loss")
+        axes.plot(epochs, [row["train_accuracy"] for row in rows], "m--", label="train acc")
+        axes.plot(epochs, [row[f"{eval_split}_accuracy"] for row in rows], "g-.", label=f"{eval_split} acc")
+        axes.set(xlabel="epoch", xlim=(epochs[0], max(epochs[-1], epochs[0] + 1)), ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.4)
+        axes.legend()
+
+
+def plot_samples(
+    first: Sequence[Image.Image],
+    last: Sequence[Image.Image],
+    titles: tuple[str, str],
+    path: str | os.PathLike,
+) -> None:
+    """Draw one row of images over another, each in its own aspect ratio, the rows named by `titles`."""
+    columns = max(len(first), len(last))
+    figure, axes = plt.subplots(2, columns, figsize=(1.4 * columns, 3.4), squeeze=False, layout="constrained")
+    for row, images, title in zip(axes, (first, last), titles, strict=True):
+        for cell, image in zip(row, images, strict=False):
+            cell.imshow(np.asarray(image))
+        for cell in row:
+            cell.axis("off")
+        row[0].set_title(title, loc="left", fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,100 @@
+"""The numbers of a run: metric rows, predictions.csv, and the lines printed on the console."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from hotdog_hf.files import write_text
+
+
+def epoch_row(accelerator: Accelerator, totals: torch.Tensor, seconds: float) -> dict[str, float]:
+    """Return the epoch's loss (mean per photo) and accuracy over all processes, its seconds and its speed."""
+    loss_sum, correct, count = accelerator.reduce(totals).tolist()
+    return {
+        "train_loss": loss_sum / count,
+        "train_accuracy": correct / count,
+        "train_seconds": seconds,
+        "examples_per_second": count / seconds,
+    }
+
+
+def write_metrics(run_dir: Path, rows: list[dict]) -> None:
+    """Write `metrics.jsonl`, a line an epoch and the final one, whole or not at all."""
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    write_text(run_dir / "metrics.jsonl", lines)
+
+
+def write_predictions(
+    path: Path, names: Sequence[str], probabilities: np.ndarray, labels: np.ndarray, label_names: list[str]
+) -> None:
+    """Write a CSV line a photo: its name, true and predicted label, and a probability a class."""
+    # File names in another encoding leave as the bytes they came as.
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "true_label", "predicted_label", *label_names])
+        for name, label, row in zip(names, labels, probabilities, strict=True):
+            numbers = (f"{value:.9g}" for value in row)  # as many digits as a float32 has
+            writer.writerow([name, label_names[label], label_names[row.argmax()], *numbers])
+
+
+def numbers(row: dict) -> dict[str, float]:
+    """Return the plain numbers of a metrics row, which is what trackers plot."""
+    return {name: value for name, value in row.items() if isinstance(value, (int, float))}
+
+
+def scores_of(row: dict, split: str) -> dict:
+    """Return the scores of one split out of a metrics row."""
+    prefix = f"{split}_"
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+
+def describe_epoch(row: dict, eval_split: str) -> str:
+    """Return the line printed after an epoch."""
+    return (
+        f"epoch {row['epoch']}: train loss {row['train_loss']:.3f}, train acc {row['train_accuracy']:.3f}, "
+        f"{eval_split} loss {row[f'{eval_split}_loss']:.3f}, "
+        f"{eval_split} acc {row[f'{eval_split}_accuracy']:.3f}, {row['examples_per_second']:.1f} examples/sec"
+    )
+
+
+def final_row(rows: list[dict], test_scores: dict, seconds: float) -> dict:
+    """Return the last line of `metrics.jsonl`: the kept model's test scores, seconds, and training speed.
+
+    The speed is that of the epochs; where there is none, of solving the head.
+    """
+    epochs = [row for row in rows if row["epoch"] > 0] or rows
+    examples = sum(row["examples_per_second"] * row["train_seconds"] for row in epochs)
+    trained, loading, evaluating = (
+        sum(row[name] for row in rows) for name in ("train_seconds", "loading_seconds", "evaluating_seconds")
+    )
+    return {
+        "final": True,
+        "train_loss": rows[-1]["train_loss"],
+        "train_accuracy": rows[-1]["train_accuracy"],
+        **{f"test_{name}": value for name, value in test_scores.items()},
+        "examples_per_second": examples / sum(row["train_seconds"] for row in epochs),
+        "loading_seconds": loading,
+        "computing_seconds": trained - loading,
+        "evaluating_seconds": evaluating,
+        "seconds": seconds,
+    }
+
+
+def describe_final(final: dict, run_dir: Path, hardware: str) -> str:
+    """Return the chapter's closing lines, where the time went, and where the results are."""
+    share = final.get("share_of_limit")
+    limit = "" if share is None else f"; {share:.0%} of the speed on photos in memory"
+    return (
+        f"loss {final['train_loss']:.3f}, train acc {final['train_accuracy']:.3f}, "
+        f"test acc {final['test_accuracy']:.3f}\n"
+        f"{final['examples_per_second']:.1f} examples/sec on {hardware}, {final['seconds']:.0f} s in all: "
+        f"{final['loading_seconds']:.0f} loading, {final['computing_seconds']:.0f} computing, "
+        f"{final['evaluating_seconds']:.0f} evaluating{limit}\n"
+        f"model: {run_dir}/model   numbers: {run_dir}/metrics.jsonl"
+        f"   pictures: {run_dir}/curves.png, {run_dir}/samples.png"
+    )

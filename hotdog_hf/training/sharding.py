@@ -1,0 +1,124 @@
+"""A network in pieces over the processes (FSDP2), for one that a single GPU cannot train.
+
+Every process holds a piece of each weight, of its gradient and of the optimizer's state, and fetches the rest
+layer by layer as it computes. Files know nothing of it: what is saved is whole, here cut and joined.
+"""
+
+import os
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast, fsdp2_prepare_model
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import AveragedModel
+
+from hotdog_hf.errors import UserError
+
+
+def broadcast_state(model: torch.nn.Module) -> None:
+    """Give every process the first one's weights and BatchNorm statistics; those each counts on its own."""
+    broadcast([value for value in model.state_dict().values() if not isinstance(value, DTensor)])
+
+
+CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+
+
+def plugin() -> FullyShardedDataParallelPlugin | None:
+    """Return what the launcher asked for, or None where it does not shard. Raises `UserError` for FSDP 1."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    asked = FullyShardedDataParallelPlugin()
+    if asked.fsdp_version != 2:
+        raise UserError("the launcher's FSDP is version 1; use fsdp_version: 2, as in configs/fsdp.yaml")
+    # Weights stay float32 and autocast computes in bf16, as on one GPU, for a whole copy in bf16 from forward
+    # to backward. accelerate's own policy would also sum the gradients and run BatchNorm in bf16.
+    asked.mixed_precision_policy = MixedPrecisionPolicy()
+    return asked
+
+
+def shard_on_cpu(accelerator: Accelerator, asked: FullyShardedDataParallelPlugin) -> None:
+    """Shard over CPU processes too, which accelerate would quietly train on whole copies.
+
+    For tests: what a cluster's GPUs will do, on a machine without any.
+    """
+    accelerator.state.fsdp_plugin = asked
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+
+
+def block_kinds(model: torch.nn.Module, least: int) -> list[str]:
+    """Return the classes of what stands in containers of more than `least` parameters: a network's blocks."""
+    kinds = set()
+    for module in model.modules():
+        if isinstance(module, CONTAINERS) and sum(value.numel() for value in module.parameters()) > least:
+            kinds |= {type(child) for child in module.children() if not isinstance(child, CONTAINERS)}
+    return sorted(kind.__name__ for kind in kinds)
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Cut model and average in place, block by block, and give the optimizer the pieces."""
+    asked = accelerator.state.fsdp_plugin
+    if asked.auto_wrap_policy is size_based_auto_wrap_policy:
+        # It would take the containers themselves, which a network may never call.
+        asked.transformer_cls_names_to_wrap = block_kinds(model, asked.min_num_params)
+        asked.auto_wrap_policy = transformer_auto_wrap_policy
+    for whole_net in (model, average):
+        if whole_net is not None:
+            whole_net.to(memory_format=torch.contiguous_format)  # FSDP takes no other
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if average is not None:
+        fsdp2_prepare_model(accelerator, average.module)
+    return model, optimizer
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Tell whether the processes hold pieces of `model`."""
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Give back what an evaluation has fetched: the last layers would wait, whole, for a backward pass."""
+    for module in model.modules():
+        if is_sharded(module):
+            module.reshard()
+
+
+def full_tensors(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
+    """Return named tensors, with pieces joined in the CPU's memory, one after the other.
+
+    To be called by every process; those that do not `keep` them get nothing.
+    """
+    joined = {}
+    for name, value in tensors.items():
+        if isinstance(value, DTensor):
+            value = value.full_tensor().cpu()
+        if keep:
+            joined[name] = value
+    return joined
+
+
+def shard_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return this process's piece of a whole tensor, if it has only a piece of `target`."""
+    if isinstance(target, DTensor) and value.shape == target.shape:
+        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    return value
+
+
+def load_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Load a whole state into a module, whole or in pieces; to be called by every process."""
+    own = module.state_dict()
+    module.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()})
+
+
+def local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the memory that this process holds of each tensor, for arithmetic by element."""
+    return [value.to_local() if isinstance(value, DTensor) else value for value in tensors]

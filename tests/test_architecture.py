@@ -1,0 +1,85 @@
+"""The rules of who may import whom, read from the code itself; `hotdog_hf/README.md` has the map."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "hotdog_hf"
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+ROOMS = {"data", "model", "training", "report", "study", "bench"}
+PAGES = {"report", "study", "bench"}
+# A room -> the rooms and ground files that its modules must not import, also not within a function.
+NEVER = {
+    "data": ROOMS - {"data"},
+    "model": ROOMS - {"data", "model"},
+    "training": PAGES | {"hub"},
+    **{room: PAGES - {room} for room in PAGES},
+    **{module: {"data", "hub", *ROOMS} for module in MODULES if "." not in module and module not in ROOMS},
+}
+# The public face and the network itself may name what they offer.
+NEVER["hub"] = ROOMS
+NEVER["__init__"] = set()
+# Modules that scripts import before they know that torch is needed.
+WITHOUT_TORCH = (
+    "data.folder data.images data.check data.download data.sample model.predictor"
+    " bench.setup bench.processes bench.sections bench.runner bench.page"
+).split()
+MAX_LINES, MAX_PARAMETERS = 80, 7
+
+
+def imports(path: Path, at_import: bool = False) -> set[str]:
+    """Names of the modules that a file imports, ours as `data.splits`; optionally of its top level alone."""
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
+    for node in tree.body if at_import else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("hotdog_hf.") for name in found}
+
+
+def functions() -> list[tuple[str, ast.FunctionDef]]:
+    nodes = [(name, node) for name, path in MODULES.items() for node in ast.walk(ast.parse(path.read_text()))]
+    return [(f"{name}.{node.name}", node) for name, node in nodes if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_module_imports_what_its_room_must_not_know(module):
+    room = module.partition(".")[0]
+    known = {name.partition(".")[0] for name in imports(MODULES[module])}
+    assert not known & NEVER[room]
+
+
+def test_no_circle_among_modules():
+    arrows = {module: imports(path) & MODULES.keys() for module, path in MODULES.items()}
+    while free := {module for module, known in arrows.items() if not known & arrows.keys()}:
+        arrows = {module: known for module, known in arrows.items() if module not in free}
+    assert not arrows, f"these import each other: {sorted(arrows)}"
+
+
+def test_torch_is_not_imported_before_it_is_needed():
+    slow, reached = {"torch", "timm", "accelerate", "torchvision"}, set(WITHOUT_TORCH)
+    while grown := {n for m in reached for n in imports(MODULES[m], True) & MODULES.keys()} - reached:
+        reached |= grown
+    for module in reached:
+        assert not {name.partition(".")[0] for name in imports(MODULES[module], True)} & slow, module
+
+
+def test_functions_stay_short_and_take_few_parameters():
+    for name, node in functions():
+        if name.startswith(("data.sample.", "config.")):
+            continue
+        assert node.end_lineno - node.lineno + 1 <= MAX_LINES, name
+        if name.startswith(("data.", "model.", "training.")):
+            parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            assert len([p for p in parameters if p.arg not in ("self", "cls")]) <= MAX_PARAMETERS, name
+
+
+def test_a_scripts_main_is_a_table_of_contents():
+    for path in sorted((ROOT / "scripts").glob("*.py")):
+        if path.name == "plain_loop.py":  # the chapter's own loop
+            continue
+        mains = [n for n in ast.parse(path.read_text()).body if getattr(n, "name", "") == "main"]
+        assert all(node.end_lineno - node.lineno + 1 <= 40 for node in mains), path.name
