@@ -10,7 +10,7 @@ DEMO_FLAGS := --data-dir data/sample --model tf_efficientnet_lite0 --weights bun
 MODEL := $(DEMO)/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train reproduce bench report test style quality clean
+.PHONY: help install demo train reproduce bench report pictures test style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ bench: install  ## measure speed, memory and time to accuracy on this machine: m
 
 report: install  ## judge a model: make report MODEL=runs/mine/model DATA=my/photos (default: the demo's)
 	$(PYTHON) scripts/report.py $(MODEL) --data-dir $(or $(DATA),data/sample)
+
+pictures: demo report  ## make the README's pictures from the demo (needs chromium)
+	$(PYTHON) .github/pictures.py $(DEMO) data/sample report .github/images
 
 test: install  ## run the tests, offline
 	$(PYTHON) -m pytest
