@@ -52,6 +52,9 @@ NOT_RUN = {
 def commands_of(text):
     """Return the commands of a page: the lines of its bash blocks, and those within sentences."""
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    blocks = [
+        re.sub(r"\s*\\\n\s*", " ", block) for block in blocks
+    ]  # a command that goes on in the next line
     lines = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
     inline = r"`((?:python|pip|accelerate launch|make|sbatch|scripts/\w+\.py|HOTDOG_\w+=\S+) [^`]+)`"
     return [re.sub("^scripts/", "python scripts/", line) for line in lines + re.findall(inline, text) if line]
