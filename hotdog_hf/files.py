@@ -2,13 +2,19 @@
 
 import contextlib
 import json
+import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
 
 from hotdog_hf.errors import UserError
+
+# A file still unfinished after this long is nobody's any more.
+SECONDS_TO_WRITE = 3600
 
 
 def write_json(path: Path, content: object) -> None:
@@ -24,21 +30,68 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
+def replacing_file(file: Path) -> Iterator[Path]:
+    """Yield a new name beside `file` to write to, and move it to `file` in the end; its folder is made.
+
+    Several processes may do so at once: the last one's content stays. What killed ones left beside it is
+    cleared away after an hour.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for left in file.parent.glob("*.part"):
+        if time.time() - left.stat().st_mtime > SECONDS_TO_WRITE:
+            left.unlink(missing_ok=True)
+    part = file.with_name(f"{file.name}.{secrets.token_hex(8)}.part")
+    try:
+        yield part
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, have reached the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows keeps the names of a folder by itself, and opens none
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill, and move it to `folder` in the end, in the place of an earlier one."""
+    """Yield an empty folder to fill, and move it to `folder` in the end, in the place of an earlier one.
+
+    Killed at any moment, it leaves the earlier folder or the new one, whole: at its place or, between the two
+    renames, as `<folder>.old`. What is left beside it is cleared away by the next call. The files can be read
+    by whoever may read the folder, also those that their writer kept to the user (safetensors does).
+    """
     part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
+    _restore(folder, old)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
+        for file in part.iterdir():
+            file.chmod(part.stat().st_mode & 0o666)
+            flush(file)
+        flush(part)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
+        _restore(folder, old)
         raise
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(folder: Path, old: Path) -> None:
+    if old.exists() and not folder.exists():
+        old.rename(folder)
 
 
 @contextlib.contextmanager

@@ -115,7 +115,10 @@ def test_a_fused_step_is_the_same_step(kind, momentum):
         net = timm.create_model("test_resnet", num_classes=2)
         groups = optim.parameter_groups(net, learning_rate=0.1, head_lr_mult=10, weight_decay=0.01)
         optimizer = optim.build_optimizer(groups, kind, momentum, fused=fused)
-        assert [group["fused"] for group in optimizer.param_groups] == [fused] * len(groups)
+        # Left open if not fused: torch then takes a few kernels for all weights together on a GPU (foreach).
+        assert {(group["fused"], group["foreach"]) for group in optimizer.param_groups} == {
+            (fused or None, None)
+        }
         for _ in range(3):
             for parameter in net.parameters():
                 parameter.grad = torch.randn_like(parameter)

@@ -6,12 +6,15 @@ numpy's random state, progress). Nothing in it is pickled. The position in the d
 order and augmentation follow from (seed, epoch, photo), see `hotdog_hf.data.loaders`.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import random
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hotdog_hf.errors import UserError
+from hotdog_hf.files import replacing_folder
 from hotdog_hf.training import sharding
 from hotdog_hf.training.state import Progress, TrainState
 
@@ -31,9 +35,11 @@ def save(run_dir: Path, accelerator: Accelerator, state: TrainState, keep: int) 
     To be called by every process. Raises `UserError` where the loss or the disk does not allow it; the
     earlier checkpoints stay.
     """
+    tensors, optimizer_content = _split_state(accelerator, state)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     own = {
         "totals": state.totals.tolist(),
+        "not_finite": _first_not_finite(tensors, accelerator.unwrap_model(state.model)),
         "python": [python_state[0], list(python_state[1]), python_state[2]],
         "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
         "torch": torch.get_rng_state(),
@@ -42,26 +48,18 @@ def save(run_dir: Path, accelerator: Accelerator, state: TrainState, keep: int) 
     processes = gather_object([own])
     progress = dataclasses.replace(state.progress, totals=[process.pop("totals") for process in processes])
     folder = run_dir / "checkpoints" / f"step-{progress.total_steps:08}"
+    not_finite = [name for process in processes if (name := process.pop("not_finite"))]
     if not all(math.isfinite(value) for row in progress.totals for value in row):
-        raise UserError("the loss is not finite, so no checkpoint is written")
-    optimizer_state, model = state.optimizer.state_dict(), accelerator.unwrap_model(state.model)
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    if state.average is not None:
-        tensors |= {f"average.{name}": value for name, value in state.average.state_dict().items()}
-    plain: dict[str, dict] = {}
-    for index, values in optimizer_state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                plain.setdefault(str(index), {})[name] = value
+        not_finite.insert(0, "the loss")
+    if not_finite:
+        raise UserError(f"{not_finite[0]} is not finite, so no checkpoint is written")
     tensors = sharding.full_tensors(tensors, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         for rank, process in enumerate(processes):
             tensors |= {f"random.{rank}.{name}": process.pop(name) for name in ("torch", "cuda")}
         content = {
             "progress": dataclasses.asdict(progress),
-            "optimizer": {"param_groups": optimizer_state["param_groups"], "state": plain},
+            "optimizer": optimizer_content,
             "schedule": state.schedule.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "random": processes,
@@ -69,49 +67,99 @@ def save(run_dir: Path, accelerator: Accelerator, state: TrainState, keep: int) 
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items() if value is not None}
         try:
             _write(folder, tensors, content)
-            _prune(folder.parent, keep)
+            _prune(folder, keep)
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"cannot write the checkpoint {folder}: {error}") from error
     accelerator.wait_for_everyone()
     return folder
 
 
+def _split_state(accelerator: Accelerator, state: TrainState) -> tuple[dict[str, torch.Tensor], dict]:
+    """Return the named tensors of model, average and optimizer, and what else the optimizer holds."""
+    model = accelerator.unwrap_model(state.model)
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    if state.average is not None:
+        tensors |= {f"average.{name}": value for name, value in state.average.state_dict().items()}
+    optimizer_state, plain = state.optimizer.state_dict(), {}
+    for index, values in optimizer_state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    return tensors, {"param_groups": optimizer_state["param_groups"], "state": plain}
+
+
+def _first_not_finite(tensors: dict[str, torch.Tensor], model: torch.nn.Module) -> str | None:
+    """Return the name of a tensor that holds NaN or infinity on this process, or None."""
+    # A network may hold infinity as a bound or a mask, but not in weights or in BatchNorm's statistics.
+    buffers = (name for name, _ in model.named_buffers() if not name.endswith(("_mean", "_var")))
+    constants = {f"{prefix}{name}" for name in buffers for prefix in ("model.", "average.module.")}
+    local = zip(tensors, sharding.local(list(tensors.values())), strict=True)
+    return next((name for name, value in local if name not in constants and not value.isfinite().all()), None)
+
+
 def _write(folder: Path, tensors: dict[str, torch.Tensor], content: dict) -> None:
-    """Write beside the place, flush to the disk, and move there."""
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    safetensors.torch.save_file(tensors, part / "state.safetensors")
-    (part / "state.json").write_text(json.dumps(content), encoding="utf-8")
-    for path in (*part.iterdir(), part):
-        _flush(path)
-    if folder.exists():  # the same step again, after a resume from an earlier checkpoint
-        shutil.rmtree(folder)
-    part.rename(folder)
-    _flush(folder.parent)
+    with replacing_folder(folder) as part:
+        safetensors.torch.save_file(tensors, part / "state.safetensors")
+        (part / "state.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _prune(newest: Path, keep: int) -> None:
+    """Drop all checkpoints but `newest` and those before it, `keep` in all.
 
-
-def _prune(checkpoints: Path, keep: int) -> None:
-    for old in _finished(checkpoints)[:-keep]:
+    Those after it are of a future that a resume from an earlier checkpoint has given up.
+    """
+    finished = _finished(newest.parent)
+    position = finished.index(newest) + 1
+    for left in (*newest.parent.glob("step-*.part"), *newest.parent.glob("step-*.old")):
+        if left not in finished:
+            shutil.rmtree(left)
+    for old in [*reversed(finished[position:]), *finished[: max(position - keep, 0)]]:
         # Renamed first, so that one that is half removed is never taken for a checkpoint.
-        shutil.rmtree(old.rename(old.with_name(f"{old.name}.part")))
+        shutil.rmtree(old.rename(old.with_suffix(".part")))
 
 
 def _finished(checkpoints: Path) -> list[Path]:
-    return sorted(path for path in checkpoints.glob("step-*") if path.suffix != ".part")
+    """Return the whole checkpoints, oldest first; `.old` counts if a kill came before its successor."""
+    return sorted(
+        path
+        for path in checkpoints.glob("step-*")
+        if not path.suffix or (path.suffix == ".old" and not path.with_suffix("").exists())
+    )
 
 
-def latest(run_dir: str | os.PathLike) -> Path | None:
-    """Return the newest checkpoint of a run, or None."""
-    return next(reversed(_finished(Path(run_dir) / "checkpoints")), None)
+def steps_of(checkpoint: Path) -> int:
+    """Return the number of optimizer steps before a checkpoint."""
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
+def latest(run_dir: str | os.PathLike, before: float = math.inf) -> Path | None:
+    """Return the newest checkpoint of a run, if need be of those `before` so many steps, or None."""
+    found = [path for path in _finished(Path(run_dir) / "checkpoints") if steps_of(path) < before]
+    return found[-1] if found else None
+
+
+def _newest_readable(run_dir: str | os.PathLike) -> Path | None:
+    """Return the newest checkpoint that can be read, or None; say so if a newer one cannot be read.
+
+    Raises `UserError` if there are checkpoints and none of them can be read.
+    """
+    problem = None
+    for folder in reversed(_finished(Path(run_dir) / "checkpoints")):
+        try:
+            # The header and the length of the tensors' file only: they may be gigabytes.
+            with _reading(folder), safetensors.safe_open(folder / "state.safetensors", framework="pt"):
+                _read_plain(folder)
+        except UserError as error:
+            problem = problem or str(error)
+            continue
+        if problem:
+            print(f"warning: {problem}; resuming from an older one, {folder}", file=sys.stderr, flush=True)
+        return folder
+    if problem:
+        raise UserError(f"{problem}. No older one is left: start a new run with another --output-dir")
+    return None
 
 
 def find(resume: str | None, output_dir: str | None) -> Path | None:
@@ -125,9 +173,9 @@ def find(resume: str | None, output_dir: str | None) -> Path | None:
     if resume == "auto":
         if output_dir is None:
             raise UserError("--resume auto looks into --output-dir; give that, or --resume RUN_FOLDER")
-        return latest(output_dir)
+        return _newest_readable(output_dir)
     path = Path(resume)
-    found = path if (path / "state.json").is_file() else latest(path)
+    found = path if (path / "state.json").is_file() else _newest_readable(path)
     if found is None:
         raise UserError(f"--resume {resume}: no checkpoint there (a run's folder has them in checkpoints/)")
     if output_dir is not None and Path(output_dir).resolve() != run_dir_of(found).resolve():
@@ -142,13 +190,22 @@ def run_dir_of(checkpoint: Path) -> Path:
     return checkpoint.parent.parent
 
 
-def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return the tensors and the plain state of a checkpoint. Raises `UserError` where it cannot be read."""
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
     try:
-        tensors = safetensors.torch.load_file(folder / "state.safetensors")
-        return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        yield
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"the checkpoint {folder} cannot be read: {error}") from error
+
+
+def _read_plain(folder: Path) -> dict:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Return the tensors and the plain state of a checkpoint. Raises `UserError` if it cannot be read."""
+    with _reading(folder):
+        return safetensors.torch.load_file(folder / "state.safetensors"), _read_plain(folder)
 
 
 def load(content: tuple[dict[str, torch.Tensor], dict], accelerator: Accelerator, state: TrainState) -> None:
@@ -167,7 +224,9 @@ def load(content: tuple[dict[str, torch.Tensor], dict], accelerator: Accelerator
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in parts["optimizer"].items():
         index, _, key = name.partition(".")
-        optimizer_state.setdefault(int(index), {})[key] = sharding.shard_like(value, parameters[int(index)])
+        optimizer_state.setdefault(int(index), {})[key] = (
+            value if key == "step" else _laid_out_like(value, parameters[int(index)])
+        )
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": saved["param_groups"]})
     state.schedule.load_state_dict(plain["schedule"])
     if accelerator.scaler:
@@ -182,3 +241,12 @@ def load(content: tuple[dict[str, torch.Tensor], dict], accelerator: Accelerator
         torch.cuda.set_rng_state(parts["random"][f"{rank}.cuda"], accelerator.device)
     state.progress = Progress(**plain["progress"])
     state.totals = torch.tensor(state.progress.totals[rank], device=accelerator.device)
+
+
+def _laid_out_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a parameter's piece of a whole state tensor, in memory as an optimizer would have made it.
+
+    Fused kernels walk through a weight and its state in the order of the memory: both must have one order.
+    """
+    value = sharding.shard_like(value, parameter)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

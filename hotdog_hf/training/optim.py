@@ -88,7 +88,10 @@ def build_optimizer(
     """Return SGD (plain; Nesterov where `momentum` is not 0) or AdamW over named groups.
 
     `fused` takes a step in one kernel, which is faster on a GPU; the numbers may differ in their last digit.
+    Otherwise torch chooses, on a GPU a few kernels for all weights together (foreach).
     """
+    # False would be taken for "neither fused nor foreach": a kernel after the other for every weight.
+    fused = fused or None
     if optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=fused)
     return torch.optim.AdamW(groups, lr=0.0, fused=fused)
