@@ -88,6 +88,12 @@ def mistyped_resolution() -> bytes:
     return block[:at] + b"\x00\x02" + block[at + 2 :]
 
 
+def broken_header() -> bytes:
+    """Take away the 42 by which a TIFF header is known; the rotation behind it is in its place."""
+    block = exif()
+    return block[:8] + bytes(2) + block[10:]
+
+
 def bad_crc() -> bytes:
     at = PNG.index(b"IDAT") + 10
     return PNG[:at] + bytes([PNG[at] ^ 255]) + PNG[at + 1 :]
@@ -178,6 +184,10 @@ BEASTS = [
     read("exif-bad-offset.jpg", jpeg_with_exif(misplaced_description()), "exif"),
     read("exif-bad-type.jpg", jpeg_with_exif(mistyped_resolution()), size=(HEIGHT, WIDTH)),
     read("exif-orientation-99.jpg", jpeg_with_exif(exif(99))),
+    *(
+        read(f"exif-header.{kind.lower()}", encoded(picture(), kind, exif=broken_header()), "exif")
+        for kind in ("JPEG", "PNG", "WEBP")
+    ),
     # Modes.
     read("cmyk.jpg", encoded(picture("CMYK"), "JPEG")),
     read("ycck.jpg", ycck()),

@@ -243,7 +243,12 @@ def _is_exif_broken(image: Image.Image) -> bool:
     start = int.from_bytes(block[4:8], order) + 2
     end = start + 12 * int.from_bytes(block[start - 2 : start], order)
     tags = {int.from_bytes(block[at : at + 2], order) for at in range(start, min(end, len(block)), 12)}
-    return max(start, end) > len(block) or (ORIENTATION in tags and ORIENTATION not in image.getexif())
+    if max(start, end) > len(block):
+        return True
+    try:
+        return ORIENTATION in tags and ORIENTATION not in image.getexif()
+    except Exception:  # of PNG and WebP a damaged header raises SyntaxError, struct.error, ...
+        return True
 
 
 def _file_findings(records: dict[Path, Record]) -> Iterator[Finding]:
