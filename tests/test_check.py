@@ -15,7 +15,7 @@ import zoo
 from conftest import ROOT, run
 from hypothesis import strategies as st
 
-from hotdog_hf.data import check, folder
+from hotdog_hf.data import check, folder, similar
 from hotdog_hf.data.images import decode_image
 from hotdog_hf.data.splits import load_photos
 from hotdog_hf.errors import UserError
@@ -108,7 +108,7 @@ def test_the_script_passes_a_good_folder(script, photos, tmp_path):
     assert (finding["severity"], finding["kind"]) == ("warning", "other")
     record = written["files"][str(photos / "train/hotdog/000.png")]
     assert (record["width"], record["height"], record["format"], record["mode"]) == (56, 72, "PNG", "RGB")
-    assert (tmp_path / "cache/hotdog_hf/check.json").is_file()
+    assert (tmp_path / "cache/hotdog_hf/check.jsonl").is_file()
 
 
 def test_the_script_survives_the_whole_zoo_and_names_every_beast(script, photos, tmp_path):
@@ -196,6 +196,14 @@ def test_a_fault_is_looked_at_again_and_stays_a_fault(photos, tmp_path, decoded)
     assert decoded.count("000.png") == 5 and len(decoded) == 11  # four files have that name
 
 
+VERSION_LINE = json.dumps(check.CACHE_VERSION).encode() + b"\n"
+
+
+def cached_files(cache_file):
+    """How many files a cache remembers: a line each, after that of its version."""
+    return len(cache_file.read_text().splitlines()) - 1
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -203,11 +211,12 @@ def test_a_fault_is_looked_at_again_and_stays_a_fault(photos, tmp_path, decoded)
         b"\xff\xfe",
         b"[]",
         b"null",
-        b'{"files": 3}',
-        json.dumps({"version": check.CACHE_VERSION}).encode(),
-        json.dumps({"version": check.CACHE_VERSION, "files": {"x": 3}}).encode(),
-        json.dumps({"version": check.CACHE_VERSION, "files": {"x": {"colour": "red"}}}).encode(),
-        json.dumps({"version": "0", "files": {}}).encode(),
+        b'"another version"\n["x", {}]',
+        VERSION_LINE + b"3",
+        VERSION_LINE + b'["x"]',
+        VERSION_LINE + b'["x", 3]',
+        VERSION_LINE + b'["x", {"colour": "red"}]',
+        VERSION_LINE + b'["x", {"size": 3}',
     ],
 )
 def test_a_damaged_cache_is_ignored_and_written_anew(photos, tmp_path, decoded, content):
@@ -222,11 +231,11 @@ def test_the_cache_keeps_other_folders_until_it_is_full(photos, tmp_path, monkey
     other = zoo.good_folder(tmp_path / "other")
     for data_dir in (photos, other):
         check_folder(data_dir, tmp_path / "cache.json")
-    assert len(json.loads((tmp_path / "cache.json").read_text())["files"]) == 20
+    assert cached_files(tmp_path / "cache.json") == 20
     zoo.put(photos / "train/hotdog/new.png")
     monkeypatch.setattr(check, "MAX_CACHED", 20)
     check_folder(photos, tmp_path / "cache.json")
-    assert len(json.loads((tmp_path / "cache.json").read_text())["files"]) == 11
+    assert cached_files(tmp_path / "cache.json") == 11
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(photos, tmp_path):
@@ -252,7 +261,7 @@ def test_near_leaks_are_those_of_imagehash(tmp_path):
         (Path(f"test/{i}"), Path(f"train/{j}"))
         for i in range(300)
         for j in range(300)
-        if imagehash.ImageHash(test[i]) - imagehash.ImageHash(train[j]) <= check.NEAR_BITS
+        if imagehash.ImageHash(test[i]) - imagehash.ImageHash(train[j]) <= similar.NEAR_BITS
     }
     assert len(found) == 75
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hotdog_hf.similar import NEAR_BITS, near_pairs, similar_groups
+from hotdog_hf.data.similar import NEAR_BITS, near_pairs, similar_groups
 
 
 def near_in_all_pairs(hashes, bits):
@@ -59,5 +59,6 @@ def test_few_hashes_and_equal_ones():
 def test_groups_are_chains_of_near_hashes_numbered_as_they_appear():
     far = 2**64 - 2**32  # 32 bits away from 0
     chain = [0, 0b1111, 0b11111111]  # 4 bits from one to the next, 8 from end to end
-    assert similar_groups(np.array([far, chain[2], chain[0], far, chain[1]], np.uint64)).tolist() == [0, 1, 1, 0, 1]
+    hashes = np.array([far, chain[2], chain[0], far, chain[1]], np.uint64)
+    assert similar_groups(hashes).tolist() == [0, 1, 1, 0, 1]
     assert similar_groups(np.array([chain[2], chain[0]], np.uint64)).tolist() == [0, 1]

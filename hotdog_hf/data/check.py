@@ -7,12 +7,14 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import stat
+import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from hotdog_hf.data.folder import Photos, class_faults, find_photos, list_photos
 from hotdog_hf.data.images import decode_image
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.machine import allowed_cores, cache_dir
+from hotdog_hf.data.similar import near_pairs
 
 # Every kind of finding, worst first: an error would make the numbers of a training wrong or stop it.
 KINDS = {
@@ -51,17 +54,16 @@ SHOWN = 10
 PLACEHOLDER_COPIES = 5
 MAX_IMBALANCE = 10
 MIN_SIDE = 16
-# Of the 64 bits of a perceptual hash. On 1,000 hot-dog photos the same picture differed in at most 2 bits,
-# and no two of different scenes in fewer than 10.
-NEAR_BITS = 4
-NEAR_CHUNK = 128
 ORIENTATION = ExifTags.Base.Orientation
 MAX_CACHED = 200_000
+# Files that a thread takes at a time, and that wait for the threads at a time: a million at once would be a
+# gigabyte of futures.
+BATCH, QUEUED = 16, 4096
 # A cache made by another rule, or another Pillow, may hold other answers.
-CACHE_VERSION = f"1 Pillow {PIL.__version__}"
+CACHE_VERSION = f"2 Pillow {PIL.__version__}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     """What one file is. Where it cannot be used, `fault` is the kind of finding and `message` says why."""
 
@@ -77,6 +79,9 @@ class Record:
     phash: str = ""
     fault: str = ""
     message: str = ""
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +128,7 @@ def check_photos(photos: Photos, *, cache_file: Path | None, progress: bool) -> 
     A file whose size and time are those in `cache_file` is not read again.
     """
     paths = [path for classes in photos.values() for group in classes.values() for path in group]
-    records = _inspect_all(paths, cache_file, progress)
+    records = inspect_files(paths, cache_file=cache_file, progress=progress)
     findings = [
         *_file_findings(records),
         *_same_files(photos, records),
@@ -181,24 +186,38 @@ def _sorted(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: (kinds.index(finding.kind), finding.files, finding.message))
 
 
-def _inspect_all(paths: list[Path], cache_file: Path | None, progress: bool) -> dict[Path, Record]:
-    cache = _read_cache(cache_file)
-    keys = [str(path.absolute()) for path in paths]
+def inspect_files(paths: Sequence[Path], *, cache_file: Path | None, progress: bool) -> dict[Path, Record]:
+    """Return what each file is; one whose size and time are those in `cache_file` is not read again."""
+    cache = _read_cache(cache_file, paths)
     hidden = None if progress else True  # None: a bar on a terminal, none in a log file
+    records, changed = {}, False
     # Threads, not processes: Pillow decodes and resizes without the interpreter's lock.
     with warnings.catch_warnings(), ThreadPoolExecutor(allowed_cores()) as pool:
         warnings.simplefilter("ignore")  # Pillow's, on what the report says better
         bar = tqdm(total=len(paths), desc="checking photos", unit="img", leave=False, disable=hidden)
-        records = []
-        for record in pool.map(_inspect, paths, map(cache.get, keys)):
-            records.append(record)
-            bar.update()
+        for start in range(0, len(paths), QUEUED):
+            queued = paths[start : start + QUEUED]
+            cached = [cache.pop(_cache_key(path), None) for path in queued]
+            parts = range(0, len(queued), BATCH)
+            found = itertools.chain.from_iterable(
+                pool.map(
+                    _inspect_batch,
+                    [queued[part : part + BATCH] for part in parts],
+                    [cached[part : part + BATCH] for part in parts],
+                )
+            )
+            for path, known, record in zip(queued, cached, found, strict=True):
+                records[path] = record
+                changed |= record != known and not record.fault
+                bar.update()
         bar.close()
-    # A fault is looked at again every time: it may be mended without a change of size or time (chmod).
-    good = {key: record for key, record in zip(keys, records, strict=True) if not record.fault}
-    if cache_file and any(cache.get(key) != record for key, record in good.items()):
-        _write_cache(cache_file, good if len(cache | good) > MAX_CACHED else cache | good)
-    return dict(zip(paths, records, strict=True))
+    if cache_file and changed:
+        _write_cache(cache_file, records)
+    return records
+
+
+def _inspect_batch(paths: Sequence[Path], cached: Sequence[Record | None]) -> list[Record]:
+    return list(map(_inspect, paths, cached))
 
 
 def _inspect(path: Path, cached: Record | None) -> Record:
@@ -269,11 +288,15 @@ def _file_findings(records: dict[Path, Record]) -> Iterator[Finding]:
 
 
 def _same_files(photos: Photos, records: dict[Path, Record]) -> Iterator[Finding]:
+    digests = collections.Counter(record.sha256 for record in records.values() if record.sha256)
+    repeated = {digest for digest, count in digests.items() if count > 1}
+    del digests  # of a million photos it takes 100 MB
     copies = collections.defaultdict(list)
     for split, classes in photos.items():
         for name, paths in classes.items():
             for path in paths:
-                copies[records[path].sha256 or path].append((split, name, path))
+                if records[path].sha256 in repeated:
+                    copies[records[path].sha256].append((split, name, path))
     for group in copies.values():
         files = tuple(path for _, _, path in group)
         splits, names = {split for split, _, _ in group}, {name for _, name, _ in group}
@@ -289,29 +312,40 @@ def _same_files(photos: Photos, records: dict[Path, Record]) -> Iterator[Finding
 
 
 def _near_leaks(photos: Photos, records: dict[Path, Record]) -> Iterator[Finding]:
-    """For each photo the one of the earlier splits that looks most like it, where that is near enough."""
-    earlier: list[Path] = []
-    for classes in photos.values():
-        paths = [path for group in classes.values() for path in group if records[path].phash]
-        if earlier:
-            earlier_signs = _signs(earlier, records)
-            for start in range(0, len(paths), NEAR_CHUNK):
-                chunk = paths[start : start + NEAR_CHUNK]
-                # Of two rows of 64 signs the product sums to 64 less twice the number that differ.
-                distances = (64 - _signs(chunk, records) @ earlier_signs.T) / 2
-                for path, nearest, bits in zip(
-                    chunk, distances.argmin(axis=1), distances.min(axis=1), strict=True
-                ):
-                    twin = earlier[nearest]
-                    if bits <= NEAR_BITS and records[path].sha256 != records[twin].sha256:
-                        yield Finding("near-leak", f"{path} looks like {twin}", (path, twin))
-        earlier += paths
+    """For each photo the one of the earlier splits that looks most like it, if that is near enough.
+
+    Of several that look equally like it, the first.
+    """
+    by_split = [
+        [path for group in classes.values() for path in group if records[path].phash]
+        for classes in photos.values()
+    ]
+    paths = list(itertools.chain.from_iterable(by_split))
+    hashes, place = np.unique(perceptual_hashes(records[path] for path in paths), return_inverse=True)
+    pairs = [np.stack([first, second, bits]) for first, second, bits in near_pairs(hashes)]
+    equal = np.stack([np.arange(len(hashes))] * 2 + [np.zeros(len(hashes), int)])
+    firsts, seconds, bits = np.concatenate([equal, *pairs, *(pair[[1, 0, 2]] for pair in pairs)], axis=1)
+    start = len(by_split[0])
+    for split_paths in by_split[1:]:
+        # The first photo of the earlier splits with each hash, and for each hash the nearest of them.
+        none = len(paths)
+        earliest = np.full(len(hashes), none)
+        earliest[place[:start][::-1]] = np.arange(start)[::-1]
+        candidates = np.where(earliest[seconds] < none, bits * none + earliest[seconds], np.iinfo(int).max)
+        nearest = np.full(len(hashes), np.iinfo(int).max)
+        np.minimum.at(nearest, firsts, candidates)
+        end = start + len(split_paths)
+        for path, candidate in zip(split_paths, nearest[place[start:end]].tolist(), strict=True):
+            if candidate < np.iinfo(int).max:
+                twin = paths[candidate % none]
+                if records[path].sha256 != records[twin].sha256:
+                    yield Finding("near-leak", f"{path} looks like {twin}", (path, twin))
+        start = end
 
 
-def _signs(paths: list[Path], records: dict[Path, Record]) -> np.ndarray:
-    """Return the bits of perceptual hashes as float32 [N, 64] of +1 and -1."""
-    hashes = np.array([int(records[path].phash, 16) for path in paths], dtype=np.uint64)
-    return np.unpackbits(hashes.view(np.uint8)).reshape(-1, 64).astype(np.float32) * 2 - 1
+def perceptual_hashes(records: Iterable[Record]) -> np.ndarray:
+    """Return the perceptual hashes of records that have one, uint64 [N]."""
+    return np.fromiter((int(record.phash, 16) for record in records), np.uint64)
 
 
 def _class_findings(photos: Photos) -> Iterator[Finding]:
@@ -357,38 +391,82 @@ def write_report(report: Report, path: str | os.PathLike) -> None:
             for split, classes in report.photos.items()
         },
         "findings": [{"severity": finding.severity, **vars(finding)} for finding in report.findings],
-        "files": {str(file): vars(record) for file, record in report.records.items()},
     }
     try:
         with Path(path).open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, allow_nan=False, default=str)
-            file.write("\n")
+            file.write(json.dumps(content, indent=2, allow_nan=False, default=str).removesuffix("\n}"))
+            # One by one: the records of a million photos as one JSON object would take gigabytes.
+            separator = ',\n  "files": {'
+            for photo, record in report.records.items():
+                about = json.dumps(_values(record), allow_nan=False)
+                file.write(f"{separator}\n    {json.dumps(str(photo))}: {about}")
+                separator = ","
+            file.write("\n  }\n}\n")
     except OSError as error:
         raise UserError(f"--report {path} cannot be written: {error.strerror}") from error
 
 
+def _values(record: Record) -> dict[str, object]:
+    """Return what `dataclasses.asdict` does, without the copies that take ten times as long."""
+    return {name: getattr(record, name) for name in FIELDS}
+
+
 def default_cache_file() -> Path:
-    """Return where the check remembers files it has read."""
-    return cache_dir() / "check.json"
+    """Return the file in which the check remembers the photos it has read."""
+    return cache_dir() / "check.jsonl"
 
 
-def _read_cache(cache_file: Path | None) -> dict[str, Record]:
-    """Read the records of earlier checks by absolute path; none where the file is absent or damaged."""
-    try:
-        content = json.loads(cache_file.read_bytes()) if cache_file else {}
-        if content.get("version") == CACHE_VERSION:
-            return {path: Record(**record) for path, record in content["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass  # it saves time, nothing else
+def _cache_key(path: Path) -> str:
+    return str(path.absolute())
+
+
+def _read_cache(cache_file: Path | None, paths: Iterable[Path]) -> dict[str, Record]:
+    """Read the records of these files from earlier checks, by absolute path; none if the file is damaged."""
+    found, wanted = {}, {_cache_key(path) for path in paths} if cache_file else set()
+    with contextlib.suppress(OSError, ValueError, TypeError):  # it saves time, nothing else
+        for path, values in _cached_lines(cache_file) if cache_file else ():
+            if path in wanted:
+                record = Record(**values)
+                # Of two strings that a million records share, one copy each.
+                shared = {"format": sys.intern(record.format), "mode": sys.intern(record.mode)}
+                found[path] = dataclasses.replace(record, **shared)
+        return found
     return {}
 
 
-def _write_cache(cache_file: Path, records: dict[str, Record]) -> None:
-    """Write the cache in one move, so that two checks at once leave the whole of one."""
-    content = {"version": CACHE_VERSION, "files": {path: vars(record) for path, record in records.items()}}
+def _cached_lines(cache_file: Path) -> Iterator[tuple[str, dict]]:
+    """Yield path and record of each line of a cache, none if another version wrote it.
+
+    Raises `ValueError` or `TypeError` at a line that is damaged.
+    """
+    with cache_file.open(encoding="utf-8") as file:
+        if json.loads(next(file, "null")) != CACHE_VERSION:
+            return
+        for line in file:
+            path, values = json.loads(line)
+            yield path, values
+
+
+def _write_cache(cache_file: Path, records: dict[Path, Record]) -> None:
+    """Write the records without a fault, and those of other files as long as they are not too many.
+
+    In one move, so that two checks at once leave the whole of one. Faults are checked again every time: they
+    may be fixed without a change of size or time (chmod).
+    """
+    ours, others = {_cache_key(path) for path in records}, []
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        room = max(MAX_CACHED - len(ours), 0)
+        others = list(
+            itertools.islice((line for line in _cached_lines(cache_file) if line[0] not in ours), room + 1)
+        )
+        others = others if len(others) <= room else []
+    good = ((path, record) for path, record in records.items() if not record.fault)
+    lines = ((_cache_key(path), _values(record)) for path, record in good)
     with contextlib.suppress(OSError):  # in a home that cannot be written, the next check takes longer
         cache_file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_file.parent) as scratch:
-            file = Path(scratch) / cache_file.name
-            file.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-            file.replace(cache_file)
+            part = Path(scratch) / cache_file.name
+            with part.open("w", encoding="utf-8") as file:
+                for line in itertools.chain([CACHE_VERSION], others, lines):
+                    file.write(json.dumps(line, allow_nan=False) + "\n")
+            part.replace(cache_file)

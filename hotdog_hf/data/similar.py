@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 
 HASH_BITS = 64
-# Hashes that differ in at most so many bits are those of one picture. On 1,000 hot-dog photos the same picture
-# differed in at most 2 bits, and no two of different scenes in fewer than 10.
+# Hashes that differ in at most so many bits are those of one picture. On 1,000 hot-dog photos the same
+# picture differed in at most 2 bits, and no two of different scenes in fewer than 10.
 NEAR_BITS = 4
 
 
@@ -29,7 +29,7 @@ def near_pairs(
         keys = one << np.uint64(32) | other
         order = np.argsort(keys)
         keys, in_order = keys[order], hashes[order]
-        # Each hash beside the next of the same key, then beside the one after that, until no key is as frequent.
+        # Each hash beside the next of the same key, then beside the one after that, and so on.
         firsts = np.flatnonzero(keys[:-1] == keys[1:])
         for step in itertools.count(1):
             if not len(firsts):
