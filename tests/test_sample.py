@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from hotdog_hf.data import sample
+from hotdog_hf.data import check, sample
 from hotdog_hf.data.sample import LABELS, LOOKALIKES, MARKER, draw_image, draw_sample, kind_at
 from hotdog_hf.errors import UserError
 
@@ -36,6 +37,17 @@ def test_layout_and_counts(drawn: Path) -> None:
     expected = {f"train/{label}/{index:04d}.jpg" for label in LABELS for index in range(2)}
     expected |= {f"test/{label}/0000.jpg" for label in LABELS}
     assert set(contents(drawn)) == expected | {MARKER}
+
+
+def test_the_check_finds_nothing_in_a_sample(drawn: Path) -> None:
+    assert check.check_folder(drawn, cache_file=None, progress=False).findings == []
+
+
+def test_the_progress_bar_is_for_terminals(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, terminal in enumerate((True, False)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        draw_sample(tmp_path / str(number), train=2, test=0)
+        assert ("Drawing sample images" in capsys.readouterr().err) == terminal
 
 
 def test_only_the_sample_is_left_in_the_parent_folder(drawn: Path) -> None:

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from hotdog_hf.data.folder import Photos, class_faults, find_photos, list_photos, plain_name, unused_files
 from hotdog_hf.data.images import decode_image
+from hotdog_hf.data.similar import near_pairs
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.machine import allowed_cores, cache_dir
-from hotdog_hf.data.similar import near_pairs
 
 # Every kind of finding, worst first: an error would make the numbers of a training wrong or stop it.
 KINDS = {
@@ -288,16 +288,20 @@ def _file_findings(records: dict[Path, Record]) -> Iterator[Finding]:
 
 
 def _same_files(photos: Photos, records: dict[Path, Record]) -> Iterator[Finding]:
-    digests = collections.Counter(record.sha256 for record in records.values() if record.sha256)
-    repeated = {digest for digest, count in digests.items() if count > 1}
-    del digests  # of a million photos it takes 100 MB
+    # By their first 60 bits as numbers, which take a tenth of what a million texts in a dictionary take.
+    starts = (int(record.sha256[:15], 16) for record in records.values() if record.sha256)
+    starts, counts = np.unique(np.fromiter(starts, np.int64), return_counts=True)
+    repeated = set(starts[counts > 1].tolist())
     copies = collections.defaultdict(list)
     for split, classes in photos.items():
         for name, paths in classes.items():
             for path in paths:
-                if records[path].sha256 in repeated:
-                    copies[records[path].sha256].append((split, name, path))
+                digest = records[path].sha256
+                if digest and int(digest[:15], 16) in repeated:
+                    copies[digest].append((split, name, path))
     for group in copies.values():
+        if len(group) == 1:
+            continue
         files = tuple(path for _, _, path in group)
         splits, names = {split for split, _, _ in group}, {name for _, name, _ in group}
         message = " = ".join(map(str, files[:SHOWN])) + (f" = {len(files)} files" if files[SHOWN:] else "")

@@ -23,6 +23,8 @@ SPLIT_FOLDERS = {
     "validation": ("validation", "val", "valid"),
     "test": ("test",),
 }
+# In the folder of a drawn sample it says how that was drawn.
+SAMPLE_MARKER = "sample.json"
 # What operating systems and their zips leave between photos, besides names that start with a dot.
 SYSTEM_NAMES = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "Icon\r"})
 
@@ -175,7 +177,7 @@ def unused_files(data_dir: str | os.PathLike, used: set[Path]) -> Iterator[tuple
         hidden = [name for name in folders if is_hidden(name)]
         folders[:] = [name for name in folders if name not in hidden]
         for path in (Path(parent, name) for name in {*links, *hidden, *names}):
-            if path in used or path in used_folders:
+            if path in used or path in used_folders or path == Path(data_dir, SAMPLE_MARKER):
                 continue
             if is_hidden(path.name):
                 yield "hidden", path

@@ -24,10 +24,10 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from hotdog_hf.data.folder import SAMPLE_MARKER as MARKER
 from hotdog_hf.errors import UserError
 
 GENERATOR_VERSION = 1  # raise whenever the drawings change, so that samples drawn earlier are redrawn
-MARKER = "sample.json"
 LABELS = ("hotdog", "not-hotdog")
 OWN_FILES = re.compile(r"sample\.json|(train|test)/(hotdog|not-hotdog)/\d{4,}\.jpg")
 JPEG_QUALITY = 85
@@ -908,7 +908,9 @@ def draw_sample(
     # Drawn beside the folder and moved into place at the end, so that a crash leaves no half-drawn sample.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=parent) as temporary:
         fresh, old = Path(temporary, "fresh"), Path(temporary, "old")
-        todo = tqdm(images.items(), desc="Drawing sample images", unit="image", disable=not progress)
+        todo = tqdm(
+            images.items(), desc="Drawing sample images", unit="image", disable=None if progress else True
+        )
         for name, (split, label, index) in todo:
             path = fresh / name
             path.parent.mkdir(parents=True, exist_ok=True)

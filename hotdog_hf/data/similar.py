@@ -21,12 +21,10 @@ def near_pairs(
     enough to compare hashes that agree in two parts, for every choice of two (Manku et al., WWW 2007).
     """
     edges = np.linspace(0, HASH_BITS, bits + 3).round().astype(np.uint64)
-    parts = [
-        (hashes >> start) & ((np.uint64(1) << (end - start)) - np.uint64(1))
-        for start, end in itertools.pairwise(edges)
-    ]
-    for one, other in itertools.combinations(parts, 2):
-        keys = one << np.uint64(32) | other
+    masks = [(np.uint64(1) << end) - (np.uint64(1) << start) for start, end in itertools.pairwise(edges[:-1])]
+    masks.append(~np.bitwise_or.reduce(masks))
+    for one, other in itertools.combinations(masks, 2):
+        keys = hashes & (one | other)
         order = np.argsort(keys)
         keys, in_order = keys[order], hashes[order]
         # Each hash beside the next of the same key, then beside the one after that, and so on.
