@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import zoo
 from conftest import ROOT, run
+from faults import Faults, Killed
 from hypothesis import strategies as st
 
 from hotdog_hf.data import check, folder, similar
@@ -225,6 +227,25 @@ def test_a_damaged_cache_is_ignored_and_written_anew(photos, tmp_path, decoded, 
         assert check_folder(photos, tmp_path / "cache.json").findings == []
     assert len(decoded) == 10
     assert [path.name for path in tmp_path.iterdir() if path.name != "photos"] == ["cache.json"]
+
+
+@pytest.mark.parametrize("kind", ["kill", "fill_disk"])
+def test_a_fault_while_the_cache_is_written_costs_a_check_at_most(
+    photos, tmp_path, decoded, monkeypatch, kind
+):
+    faults, cache_file = Faults(monkeypatch), tmp_path / "cache/cache.json"
+    with faults.before(None) as changes:
+        expected = check_folder(photos, cache_file)
+    total = len(changes)
+    assert total >= 3, changes
+    for number in range(1, total + 1):
+        shutil.rmtree(cache_file.parent)
+        with faults.before(number, getattr(faults, kind)), contextlib.suppress(Killed):
+            assert check_folder(photos, cache_file) == expected
+        assert check_folder(photos, cache_file) == expected
+        decoded.clear()
+        assert check_folder(photos, cache_file) == expected and decoded == []
+    print(f"{total} faults, as many equal reports")
 
 
 def test_the_cache_keeps_other_folders_until_it_is_full(photos, tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ import json
 import os
 import stat
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from hotdog_hf.data.folder import Photos, class_faults, find_photos, list_photos
 from hotdog_hf.data.images import decode_image
 from hotdog_hf.data.similar import near_pairs
 from hotdog_hf.errors import UserError, printable
+from hotdog_hf.files import replacing_file
 from hotdog_hf.machine import allowed_cores, cache_dir
 
 # Every kind of finding, worst first: an error would make the numbers of a training wrong or stop it.
@@ -466,11 +466,11 @@ def _write_cache(cache_file: Path, records: dict[Path, Record]) -> None:
         others = others if len(others) <= room else []
     good = ((path, record) for path, record in records.items() if not record.fault)
     lines = ((_cache_key(path), _values(record)) for path, record in good)
-    with contextlib.suppress(OSError):  # in a home that cannot be written, the next check takes longer
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_file.parent) as scratch:
-            part = Path(scratch) / cache_file.name
-            with part.open("w", encoding="utf-8") as file:
-                for line in itertools.chain([CACHE_VERSION], others, lines):
-                    file.write(json.dumps(line, allow_nan=False) + "\n")
-            part.replace(cache_file)
+    # In a home that cannot be written, the next check takes longer.
+    with (
+        contextlib.suppress(OSError),
+        replacing_file(cache_file) as part,
+        part.open("w", encoding="utf-8") as file,
+    ):
+        for line in itertools.chain([CACHE_VERSION], others, lines):
+            file.write(json.dumps(line, allow_nan=False) + "\n")
