@@ -12,9 +12,11 @@ import timm
 import torch
 from torch import nn
 
+from hotdog_hf.config import OptimConfig
 from hotdog_hf.data import loaders
 from hotdog_hf.data.transforms import MEMORY_FORMAT
 from hotdog_hf.training import engine, launch, optim, records
+from hotdog_hf.training.state import TrainState
 
 COUNT, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, EPOCHS = 21, 8, 1e-3, 0.001, 2
 
@@ -90,17 +92,18 @@ def main(
         dataset, BATCH_SIZE, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
     net, optimizer = accelerator.prepare(net, optimizer)
+    config = OptimConfig(loss_reduction=loss_reduction, gradient_accumulation_steps=int(accumulation_steps))
     for epoch in range(1, EPOCHS + 1):
         loader.batch_sampler.seek(epoch)
-        totals = torch.zeros(3, device=accelerator.device)
-        knobs = {"loss_reduction": loss_reduction, "accumulation_steps": int(accumulation_steps)}
-        for _ in engine.train_steps(accelerator, net, loader, optimizer, schedule, totals, **knobs):
+        state = TrainState(net, optimizer, schedule)
+        for _ in engine.train_steps(accelerator, state, loader, config):
             pass
-        row = records.epoch_row(accelerator, totals, seconds=1.0)
+        row = records.epoch_row(accelerator, state.totals, seconds=1.0)
     accelerator.print(accelerator.num_processes, row["train_loss"], row["train_accuracy"])
     if accelerator.is_main_process:
         weights = accelerator.unwrap_model(net).state_dict()
         safetensors.torch.save_file({name: value.contiguous() for name, value in weights.items()}, out)
+    del state
     net, optimizer = launch.finish(accelerator, net, optimizer)
 
 

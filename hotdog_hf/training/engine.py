@@ -2,20 +2,20 @@
 
 import contextlib
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's usual name)
 from accelerate import Accelerator
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from hotdog_hf.config import OptimConfig
 from hotdog_hf.data.loaders import IGNORED_LABEL, FeatureDataset
 from hotdog_hf.data.transforms import MEMORY_FORMAT
 from hotdog_hf.errors import UserError
 from hotdog_hf.training import sharding
+from hotdog_hf.training.state import TrainState
 
 BAR_REFRESH_SECONDS = 0.5
 
@@ -49,104 +49,148 @@ def measure_speed(
 
 def train_steps(
     accelerator: Accelerator,
-    model: torch.nn.Module,
+    state: TrainState,
     loader: torch.utils.data.DataLoader,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    totals: torch.Tensor,
-    *,
-    loss_reduction: str,
-    label_smoothing: float = 0.0,
-    accumulation_steps: int = 1,
-    average: AveragedModel | None = None,
+    config: OptimConfig,
     eval_modules: Sequence[torch.nn.Module] = (),
     title: str = "",
 ) -> Iterator[float]:
-    """Train over the rest of an epoch; after every optimizer step, yield the seconds it waited for photos.
+    """Train over the rest of an epoch; after every optimizer step, yield the seconds spent waiting for data.
 
-    Each batch of `loader` is this process's share of one step. `totals` [3] (sums of loss, correct answers,
-    photos) grows in place: measured on the augmented photos while the weights move, as in the chapter. The
-    modules in `resting` stay in evaluation mode; `average` follows the weights.
+    Each batch of `loader` is this process's share of one step. `state.totals` [3] (sums of loss, correct
+    predictions, photos) grows in place: measured on the augmented photos while the weights change, as in the
+    chapter. `eval_modules` stay in evaluation mode. Raises `NonFiniteLossError`.
     """
+    set_train_mode(state.model, eval_modules)
+    check_finite = FiniteCheck(accelerator, loader.dataset)
+    with progress_bar(accelerator, loader, title) as bar:
+        for batch, step_size, data_seconds in timed_batches(loader):
+            step_loss = forward_backward(accelerator, state, loader.dataset, batch, step_size, config)
+            check_finite(step_loss, batch["index"], state.schedule.get_last_lr())
+            state.optimizer.step()
+            state.schedule.step()
+            state.optimizer.zero_grad()
+            if state.average:
+                state.average.update_parameters(accelerator.unwrap_model(state.model))
+            bar.update(step_size)
+            show_totals(bar, state.totals)
+            yield data_seconds
+        check_finite.last()
+
+
+def forward_backward(
+    accelerator: Accelerator,
+    state: TrainState,
+    dataset: torch.utils.data.Dataset,
+    batch: dict,
+    step_size: int,
+    config: OptimConfig,
+) -> torch.Tensor:
+    """Add up the gradients of one step, micro-batch by micro-batch; return this process's sum of the losses.
+
+    `batch` is this process's share of the `step_size` photos of the step.
+    """
+    images = dataset.network_input(batch["pixel_values"].to(accelerator.device, non_blocking=True))
+    labels = batch["labels"].to(accelerator.device, non_blocking=True)
+    # DDP averages the gradients of the processes: times their number they are the sum over the whole batch,
+    # exact for a short last batch too; divided by its size they are the mean.
+    scale = accelerator.num_processes / (step_size if config.loss_reduction == "mean" else 1)
+    sharded = sharding.is_sharded(state.model)
+    micro_batches = split_batch(images, labels, config.gradient_accumulation_steps, sharded)
+    step_loss = torch.zeros((), device=accelerator.device)
+    for number, (images, labels) in enumerate(micro_batches, start=1):
+        # Copies of the network (DDP) exchange gradients once a step; shards (FSDP) would keep whole ones.
+        sync_gradients = sharded or number == len(micro_batches)
+        with contextlib.nullcontext() if sync_gradients else accelerator.no_sync(state.model):
+            with accelerator.autocast():  # FSDP does not bring it along, as DDP does
+                logits = state.model(images).float()
+            loss = F.cross_entropy(
+                logits,
+                labels,
+                reduction="sum",
+                ignore_index=IGNORED_LABEL,
+                label_smoothing=config.label_smoothing,
+            )
+            accelerator.backward(loss * scale)
+        state.totals += _batch_totals(loss, logits, labels)
+        step_loss += loss.detach()
+    return step_loss
+
+
+def split_batch(
+    images: torch.Tensor, labels: torch.Tensor, count: int, sharded: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Split a batch into at most `count` micro-batches; exactly `count` if the network is sharded.
+
+    Sharded processes fetch the weights together, so each needs the same number of passes: a short batch is
+    filled up with micro-batches whose labels the loss ignores.
+    """
+    micro_batches = list(zip(images.chunk(count), labels.chunk(count), strict=True))
+    if not sharded:
+        return micro_batches
+    padding_batch = (images[:1], torch.full_like(labels[:1], IGNORED_LABEL))
+    return [padding_batch] * (count - len(micro_batches)) + micro_batches
+
+
+def set_train_mode(model: torch.nn.Module, eval_modules: Sequence[torch.nn.Module]) -> None:
+    """Put a network in training mode, except for the `eval_modules` in it."""
     model.train()
     for module in eval_modules:
         module.eval()
-    bar = tqdm(desc=title, unit="img", leave=False, disable=_no_bar(accelerator))
-    bar.sum_processes, pending_loss = loader.batch_sampler.size, None
-    bar.update(loader.batch_sampler.photos_skipped())
-    batches, sharded = _timed(loader), sharding.is_sharded(model)
-    for (batch, waited), step_size in zip(batches, loader.batch_sampler.step_sizes(), strict=True):
-        pixel_values = batch["pixel_values"].to(accelerator.device, non_blocking=True)
-        images = loader.dataset.network_input(pixel_values)
-        labels = batch["labels"].to(accelerator.device, non_blocking=True)
-        # DDP averages the gradients of the processes: times their number they are the sum over the whole
-        # batch, exact for a short last batch too; divided by its size they are the mean.
-        scale = accelerator.num_processes / (step_size if loss_reduction == "mean" else 1)
-        micro_batches = list(
-            zip(images.chunk(accumulation_steps), labels.chunk(accumulation_steps), strict=True)
-        )
-        if sharded:
-            # They fetch the weights together, so that each needs as many micro-batches: this one is ignored.
-            padding_batch = (images[:1], torch.full_like(labels[:1], IGNORED_LABEL))
-            micro_batches = [padding_batch] * (accumulation_steps - len(micro_batches)) + micro_batches
-        for number, (image_piece, label_piece) in enumerate(micro_batches, start=1):
-            # Adding up gradients here spares copies the network; sharded it would cost whole gradients.
-            sync_gradients = sharded or number == len(micro_batches)
-            with contextlib.nullcontext() if sync_gradients else accelerator.no_sync(model):
-                with accelerator.autocast():  # FSDP does not bring it along, as DDP does
-                    logits = model(image_piece).float()
-                loss = F.cross_entropy(
-                    logits,
-                    label_piece,
-                    reduction="sum",
-                    ignore_index=IGNORED_LABEL,
-                    label_smoothing=label_smoothing,
-                )
-                accelerator.backward(loss * scale)
-            totals += _batch_totals(loss, logits, label_piece)
-        if pending_loss:  # one step late, so that the GPU never waits for the answer
-            _require_finite(*pending_loss)
-        # All processes find out together, so that none waits for one that has ended.
-        pending_loss = (
-            accelerator.reduce(loss.detach()),
-            batch["index"],
-            loader.dataset,
-            schedule.get_last_lr(),
-        )
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if average:
-            average.update_parameters(accelerator.unwrap_model(model))
-        bar.update(step_size)
-        _show(bar, totals)
-        yield waited
-    if pending_loss:
-        _require_finite(*pending_loss)
-    bar.close()
 
 
-def _timed(loader: torch.utils.data.DataLoader) -> Iterator[tuple[dict, float]]:
-    """Yield each batch with the seconds that it kept the loop waiting."""
-    batches = iter(loader)
+class FiniteCheck:
+    """Raises `NonFiniteLossError` for a loss that is not finite, one step late so that no GPU is waited for.
+
+    All processes see the sum over them, so they raise together and none waits for one that has ended.
+    """
+
+    def __init__(self, accelerator: Accelerator, dataset: torch.utils.data.Dataset):
+        self.accelerator, self.dataset = accelerator, dataset
+        self.pending: tuple[torch.Tensor, torch.Tensor, list[float]] | None = None
+
+    def __call__(self, loss: torch.Tensor, indices: torch.Tensor, rates: list[float]) -> None:
+        """Check the loss of the step before; keep this one with its photos and learning rates."""
+        self.last()
+        self.pending = self.accelerator.reduce(loss), indices, rates
+
+    def last(self) -> None:
+        """Check the loss that is still pending, if any."""
+        if self.pending is None:
+            return
+        loss, indices, rates = self.pending
+        if not torch.isfinite(loss):
+            names = [self.dataset.name_of(index) for index in indices[:5].tolist()]
+            raise NonFiniteLossError(
+                f"the loss became {loss.item()} at learning rates from {min(rates):.3g} to {max(rates):.3g},"
+                f" on {len(indices)} photos: {', '.join(names)}{', ...' if len(indices) > 5 else ''}"
+                "; start a new run with a lower --learning-rate"
+            )
+
+
+def timed_batches(loader: torch.utils.data.DataLoader) -> Iterator[tuple[dict, int, float]]:
+    """Yield each batch, its number of photos over all processes, and the seconds it kept the loop waiting."""
+    batches, step_sizes = iter(loader), iter(loader.batch_sampler.step_sizes())
     while True:
         started = time.perf_counter()
         batch = next(batches, None)
         if batch is None:
+            assert next(step_sizes, None) is None, "every announced batch must come"
             return
-        yield batch, time.perf_counter() - started
+        yield batch, next(step_sizes), time.perf_counter() - started
 
 
-def _require_finite(
-    loss: torch.Tensor, indices: torch.Tensor, dataset: torch.utils.data.Dataset, rates: list[float]
-) -> None:
-    if not torch.isfinite(loss):
-        names = [dataset.name_of(index) for index in indices[:5].tolist()]
-        raise NonFiniteLossError(
-            f"the loss became {loss.item()} at learning rates from {min(rates):.3g} to {max(rates):.3g},"
-            f" on {len(indices)} photos: {', '.join(names)}{', ...' if len(indices) > 5 else ''}"
-            "; start a new run with a lower --learning-rate"
-        )
+def progress_bar(accelerator: Accelerator, loader: torch.utils.data.DataLoader, title: str) -> tqdm:
+    """Return the bar of an epoch, in photos, advanced by those that a resumed epoch leaves out."""
+    sampler = loader.batch_sampler
+    return tqdm(
+        desc=title,
+        unit="img",
+        leave=False,
+        disable=_no_bar(accelerator),
+        total=sampler.size,
+        initial=sampler.photos_skipped(),
+    )
 
 
 @torch.no_grad()
@@ -164,17 +208,12 @@ def totals_of(
     return totals / accelerator.num_processes
 
 
-def micro_batch_size(accelerator: Accelerator, batch_size: int, accumulation_steps: int) -> int:
-    """Return how many photos of a batch one process takes through the network at once."""
-    return math.ceil(batch_size / (accelerator.num_processes * accumulation_steps))
-
-
 def _batch_totals(loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     correct = (logits.argmax(dim=1) == labels).sum()
     return torch.stack([loss.detach(), correct, (labels != IGNORED_LABEL).sum()])
 
 
-def _show(bar: tqdm, totals: torch.Tensor) -> None:
+def show_totals(bar: tqdm, totals: torch.Tensor) -> None:
     """Write loss and accuracy so far behind the bar, seldom: reading them waits for the GPU."""
     now = time.perf_counter()
     if not bar.disable and now - getattr(bar, "shown_at", 0) > BAR_REFRESH_SECONDS:

@@ -34,8 +34,8 @@ class TrainState:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    # The running average of the weights, where there is one.
-    average: AveragedModel | None
-    progress: Progress
+    # The running average of the weights, if there is one.
+    average: AveragedModel | None = None
+    progress: Progress = field(default_factory=Progress)
     # Sums over the photos that this process has seen in the epoch [3]: loss, correct, photos.
-    totals: torch.Tensor
+    totals: torch.Tensor = field(default_factory=lambda: torch.zeros(3))
