@@ -45,7 +45,7 @@ def main(config: ShardConfig) -> None:
     from hotdog_hf.training import launch
 
     data_config = DataConfig(data_dir=config.source, bad_images=config.bad_images)
-    splits, _ = open_photos(data_config, 0, launch.build_accelerator())
+    splits = open_photos(data_config, 0, launch.build_accelerator()).splits
     with files.writing_to(Path(config.target)):
         made = stream.write_shards(splits, Path(config.target), config.photos_a_shard, config.seed)
     print(f"{config.target}: {', '.join(f'{count} shards of {split}' for split, count in made.items())}")

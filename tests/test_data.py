@@ -9,7 +9,7 @@ from conftest import draw_photos
 from PIL import Image
 
 from hotdog_hf.data import images, loaders, transforms
-from hotdog_hf.data.splits import counts, describe, load_photos, resolve_positive, sample_photos
+from hotdog_hf.data.splits import Photos, describe, load_photos, resolve_positive, sample_photos
 from hotdog_hf.errors import UserError
 
 CHAPTER_CONFIG = {
@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 
 def count_lists(photos):
-    return {split: list(by_class.values()) for split, by_class in counts(photos).items()}
+    return {split: list(by_class.values()) for split, by_class in Photos(photos, "").counts().items()}
 
 
 def test_a_plain_folder_is_what_imagefolder_makes_of_it(folder, tmp_path):
@@ -58,7 +58,7 @@ def test_file_names_change_neither_split_nor_count(folder):
     photos = load_photos(folder)
     assert count_lists(photos) == {"train": [3 + len(odd), 4], "test": [2, 2]}
     assert all(images.read_photo(row).mode == "RGB" for row in photos["train"])
-    assert describe(counts(photos)).splitlines()[1].split() == ["train", "13", "4", "17"]
+    assert describe(Photos(photos, folder).counts()).splitlines()[1].split() == ["train", "13", "4", "17"]
 
 
 @pytest.mark.parametrize("name", ["validation", "val", "valid"])

@@ -14,7 +14,7 @@ from test_resume import numbers_of, train_here
 from test_scripts import metrics_of
 
 from hotdog_hf.data import loaders, transforms
-from hotdog_hf.data.splits import load_photos, names_of
+from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import heads, network
 from hotdog_hf.model.saved import load_model
@@ -250,7 +250,7 @@ def test_the_probe_recipe_solves_judges_and_saves_without_a_step(tiny_weights, p
         assert_scores(row, "test", scores_of(tmp_path / "run", photos["test"]))
     with (tmp_path / "run/predictions.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [line["file"] for line in lines] == names_of(photos["test"], photos_dir)
+    assert [line["file"] for line in lines] == Photos(photos, photos_dir).names("test")
     assert np.mean([line["true_label"] == line["predicted_label"] for line in lines]) == pytest.approx(
         final["test_accuracy"]
     )

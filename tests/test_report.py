@@ -20,7 +20,7 @@ from test_hub import target
 
 from hotdog_hf.data import transforms
 from hotdog_hf.data.images import read_photo
-from hotdog_hf.data.splits import decode_image, load_photos, names_of
+from hotdog_hf.data.splits import Photos, decode_image, load_photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import ClassificationReport
 from hotdog_hf.model import network, saved
@@ -445,7 +445,8 @@ def test_validation_is_what_the_run_held_back(photos_dir, tmp_path, script):
     flags = {"data_dir": str(photos_dir), "output_dir": str(tmp_path / "report")}
     script["main"](script["ReportConfig"](str(tmp_path / "run/model"), split="validation", **flags))
     held_back = load_photos(photos_dir, 0.3, 4)["validation"]
-    assert [row[0] for row in table(tmp_path / "report")[1:]] == names_of(held_back, photos_dir)
+    names = Photos({"validation": held_back}, photos_dir).names("validation")
+    assert [row[0] for row in table(tmp_path / "report")[1:]] == names
     assert validation_cut(run_knobs(tmp_path / "run/model"), tmp_path) == (0.0, 0)
     script["main"](script["ReportConfig"](str(tmp_path / "run/model"), val_fraction=0.0, **flags))
     assert json.loads((tmp_path / "report/metrics.json").read_text())["threshold"] is None

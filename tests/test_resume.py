@@ -23,7 +23,7 @@ from test_engine import TWO_PROCESSES
 
 from hotdog_hf.config import parse_train_config
 from hotdog_hf.data import loaders, transforms
-from hotdog_hf.data.splits import load_photos, manifest
+from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.training import checkpoint, engine, launch, loop
 from hotdog_hf.training.run_dir import check_same_run, resume_command
@@ -316,10 +316,10 @@ def test_more_epochs_go_on_when_told_to(train, photos_dir, reference, tmp_path):
 def test_other_photos_are_not_gone_on_with(photos_dir, tmp_path, change, message):
     folder = shutil.copytree(photos_dir, tmp_path / "photos")
     described = {"config": {"epochs": 1}, "num_processes": 1, "precision": "no"}
-    before = described | {"photos": manifest(load_photos(folder), folder)}
+    before = described | {"photos": Photos(load_photos(folder), folder).manifest()}
     check_same_run(before, before, anyway=False)
     change(folder)
-    now = described | {"photos": manifest(load_photos(folder), folder)}
+    now = described | {"photos": Photos(load_photos(folder), folder).manifest()}
     with pytest.raises(UserError, match=message):
         check_same_run(before, now, anyway=True)
 

@@ -13,7 +13,7 @@ from test_scripts import metrics_of
 from hotdog_hf.config import DataConfig, ModelConfig, TrainConfig
 from hotdog_hf.data import stream, transforms
 from hotdog_hf.data.prepare import _read
-from hotdog_hf.data.splits import StreamedSplit, counts, load_photos
+from hotdog_hf.data.splits import Photos, StreamedSplit, load_photos
 from hotdog_hf.errors import UserError
 
 CONFIG = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -114,7 +114,7 @@ def test_a_batch_smaller_than_the_processes_is_refused():
 def test_shards_hold_the_files_as_they_are(shards, photos_dir):
     rows = stream.open_stream(str(shards), progress=False)
     on_disk = load_photos(photos_dir)
-    assert counts(rows) == counts(on_disk)
+    assert Photos(rows, "").counts() == Photos(on_disk, "").counts()
     for split, read in (("train", rows["train"].stream), ("test", rows["test"])):
         files = {row["image"]["path"]: row["label"] for row in on_disk[split]}
         contents = sorted((open(path, "rb").read(), label) for path, label in files.items())  # noqa: PTH123, SIM115

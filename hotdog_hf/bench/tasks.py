@@ -23,7 +23,7 @@ from hotdog_hf.config import RECIPES, DataConfig
 from hotdog_hf.data import loaders, transforms
 from hotdog_hf.data.images import IMAGE_SUFFIXES
 from hotdog_hf.data.prepare import open_photos
-from hotdog_hf.data.splits import digest, load_photos, manifest
+from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError, exit_on_user_error
 from hotdog_hf.machine import cpu_has_bf16
 from hotdog_hf.model import export, saved
@@ -31,6 +31,7 @@ from hotdog_hf.model.network import replace_head
 from hotdog_hf.model.predictor import decision_rule, load_predictor, predict_paths
 from hotdog_hf.model.source import load_source, source_data_config
 from hotdog_hf.training import engine, launch, optim
+from hotdog_hf.training.state import TrainState
 
 PROFILED_STEPS = 2
 TOP_OPERATORS = 10
@@ -45,7 +46,7 @@ def prepare(
     """
     folder = Path(out)
     accelerator = launch.build_accelerator("no", num_threads=num_threads)
-    rows, _ = open_photos(DataConfig(data_dir=data_dir), 0, accelerator)
+    rows = open_photos(DataConfig(data_dir=data_dir), 0, accelerator).splits
     label_names = rows["train"].features["label"].names
     source = load_source(name, weights, image_size)
     tensors = {key: value.contiguous() for key, value in source.state_dict().items()}
@@ -85,7 +86,8 @@ class Job(NamedTuple):
     def steps(self, loader: torch.utils.data.DataLoader) -> Iterator:
         """Train over an epoch of the loader, yielding after every step."""
         totals = torch.zeros(3, device=self.accelerator.device)
-        return engine.train_steps(*self[:2], loader, *self[2:4], totals, loss_reduction="sum")
+        state = TrainState(self.net, self.optimizer, self.schedule, totals=totals)
+        return engine.train_steps(self.accelerator, state, loader, RECIPES["chapter"].optim)
 
 
 def _build(
@@ -152,7 +154,8 @@ def _synchronize(device: torch.device) -> None:
 def memory(*, data_dir: str, batch_size: int, steps: int, **network: object) -> dict:
     """List all photos of a folder, train some steps on it, evaluate as many batches: the peak memory."""
     rows = load_photos(data_dir)
-    _kept = manifest(rows, data_dir), digest(rows, data_dir)  # what a run holds of every photo
+    photos = Photos(rows, data_dir)
+    _kept = photos.manifest(), photos.digest()  # what a run holds of every photo
     job = _build(classes=rows["train"].features["label"].names, **network)
     train_set = loaders.PhotoDataset(rows["train"], transforms.train_transform(job.data_config))
     loader = loaders.train_loader(train_set, batch_size)
@@ -164,8 +167,8 @@ def memory(*, data_dir: str, batch_size: int, steps: int, **network: object) -> 
     test_loader = job.accelerator.prepare(loaders.eval_loader(test_set, batch_size))
     engine.predict(job.accelerator, job.net, test_loader)
     on_gpu = torch.cuda.max_memory_allocated() if job.accelerator.device.type == "cuda" else None
-    photos = len(rows["train"]) + len(rows["test"])
-    return {"photos": photos, "peak_bytes": peak_memory(), "gpu_bytes": on_gpu}
+    count = len(rows["train"]) + len(rows["test"])
+    return {"photos": count, "peak_bytes": peak_memory(), "gpu_bytes": on_gpu}
 
 
 def peak_memory() -> int:

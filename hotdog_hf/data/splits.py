@@ -6,7 +6,8 @@ A data folder is `train/<class>/*` and `test/<class>/*`, optionally `validation/
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -20,6 +21,88 @@ from hotdog_hf.errors import UserError
 from hotdog_hf.hub import hub_errors
 
 HUB_DATA_PREFIX = "hf://datasets/"
+
+
+class StreamedSplit:
+    """Stands for a split that is read as it is needed: its classes, its size, and its photos in turn."""
+
+    def __init__(
+        self,
+        name: str,
+        stream: datasets.IterableDataset,
+        counts: list[int],
+        fingerprint: str,
+        sorted_by_class: bool = False,
+    ):
+        """Take rows of `image` (undecoded) and `label`, the photos of each class, and what tells a change."""
+        self.name, self.stream, self.counts, self._fingerprint = name, stream, counts, fingerprint
+        self.sorted_by_class = sorted_by_class
+        self.features, self.num_shards = stream.features, stream.num_shards
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The photos of a data set by split, the folder or Hub name they come from, and the files left out."""
+
+    splits: Mapping[str, datasets.Dataset | StreamedSplit]
+    data_dir: str | os.PathLike
+    skipped: Sequence[Path] = ()
+
+    @property
+    def label_names(self) -> list[str]:
+        """The class names, in the order of their indices."""
+        return self.splits["train"].features["label"].names
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return the number of photos by split and class name."""
+
+        def count(rows: datasets.Dataset | StreamedSplit) -> list[int]:
+            if isinstance(rows, StreamedSplit):
+                return rows.counts
+            return np.bincount(rows["label"][:], minlength=len(self.label_names)).tolist()
+
+        return {
+            split: dict(zip(self.label_names, count(rows), strict=True))
+            for split, rows in self.splits.items()
+        }
+
+    def names(self, split: str) -> list[str]:
+        """Return each photo's path within the folder, or the name that it came with, or its number."""
+        rows = self.splits[split]
+        paths = (row["image"]["path"] for row in rows)
+        if _are_files(rows, self.data_dir):
+            return [os.path.relpath(path, self.data_dir) for path in paths]
+        return [str(number) if path is None else path for number, path in enumerate(paths)]
+
+    def manifest(self, *splits: str) -> dict[str, list]:
+        """Return what tells whether photos have changed: each file's size and time by its path in the folder.
+
+        Of some splits, or of all. Photos that are not files there have one entry per split, with the
+        fingerprint that `datasets` gives it.
+        """
+        entries = {}
+        for split in splits or self.splits:
+            rows = self.splits[split]
+            if not _are_files(rows, self.data_dir):
+                entries[f"{self.data_dir}/{split}"] = [rows._fingerprint, len(rows)]
+                continue
+            for row, name in zip(rows, self.names(split), strict=True):
+                status = Path(row["image"]["path"]).stat()
+                entries[name] = [status.st_size, status.st_mtime_ns]
+        return entries
+
+    def digest(self) -> str:
+        """Hash which photos there are, in which order, by their names and labels."""
+        facts = {
+            split: [self.names(split), rows["label"][:]]
+            if _are_files(rows, self.data_dir)
+            else [rows._fingerprint, len(rows)]
+            for split, rows in self.splits.items()
+        }
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def load_photos(
@@ -78,16 +161,17 @@ def _read_hub(repo: str) -> dict[str, datasets.Dataset]:
         raise UserError(
             f"{repo} has the splits {', '.join(loaded)}; {' and '.join(sorted(missing))} is missing"
         )
-    require_every_class(repo, counts(splits))
+    require_every_class(Photos(splits, repo))
     return splits
 
 
-def require_every_class(name: str, counts: dict[str, dict[str, int]]) -> None:
-    """Raise `UserError` where a split of the data set `name` has no photo of some class."""
-    for split, by_class in counts.items():
+def require_every_class(photos: Photos) -> None:
+    """Raise `UserError` if a split has no photo of some class."""
+    for split, by_class in photos.counts().items():
         if empty := [label for label, count in by_class.items() if not count]:
             raise UserError(
-                f"no image of {empty[0]!r} in {name}/{split}; every class needs some in every split"
+                f"no image of {empty[0]!r} in {photos.data_dir}/{split}; every class needs some"
+                " in every split"
             )
 
 
@@ -117,38 +201,6 @@ def _cut_validation(
     return {"train": cut["train"], "validation": cut["test"]}
 
 
-class StreamedSplit:
-    """Stands for a split that is read as it is needed: its classes, its size, and its photos in turn."""
-
-    def __init__(
-        self,
-        name: str,
-        stream: datasets.IterableDataset,
-        counts: list[int],
-        fingerprint: str,
-        sorted_by_class: bool = False,
-    ):
-        """Take rows of `image` (undecoded) and `label`, the photos of each class, and what tells a change."""
-        self.name, self.stream, self.counts, self._fingerprint = name, stream, counts, fingerprint
-        self.sorted_by_class = sorted_by_class
-        self.features, self.num_shards = stream.features, stream.num_shards
-
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-
-def counts(photos: datasets.DatasetDict) -> dict[str, dict[str, int]]:
-    """Return the number of photos by split and class name."""
-    label_names = photos["train"].features["label"].names
-
-    def count(rows: datasets.Dataset | StreamedSplit) -> list[int]:
-        if isinstance(rows, StreamedSplit):
-            return rows.counts
-        return np.bincount(rows["label"][:], minlength=len(label_names)).tolist()
-
-    return {split: dict(zip(label_names, count(rows), strict=True)) for split, rows in photos.items()}
-
-
 def describe(counts: dict[str, dict[str, int]]) -> str:
     """Return a table of photo counts, a line a split and a column a class."""
     rows = [["split", *counts["train"], "all"]]
@@ -161,41 +213,6 @@ def push_photos(photos: datasets.DatasetDict, repo: str, *, private: bool = Fals
     with hub_errors(repo):
         photos.cast_column("image", datasets.Image()).push_to_hub(repo, private=private)
     return f"{huggingface_hub.constants.ENDPOINT}/datasets/{repo}"
-
-
-def manifest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> dict[str, list[int]]:
-    """Return what tells whether photos have changed: each file's size and time by its path in the folder.
-
-    Photos that are no files there stand as one entry a split, with the fingerprint that `datasets` gives it.
-    """
-    entries = {}
-    for split, rows in photos.items():
-        if not _are_files(rows, data_dir):
-            entries[f"{data_dir}/{split}"] = [rows._fingerprint, len(rows)]
-            continue
-        for row, name in zip(rows, names_of(rows, data_dir), strict=True):
-            status = Path(row["image"]["path"]).stat()
-            entries[name] = [status.st_size, status.st_mtime_ns]
-    return entries
-
-
-def digest(photos: datasets.DatasetDict, data_dir: str | os.PathLike) -> str:
-    """Hash which photos there are, in which order, by their names and labels."""
-    facts = {
-        split: [names_of(rows, data_dir), rows["label"][:]]
-        if _are_files(rows, data_dir)
-        else [rows._fingerprint, len(rows)]
-        for split, rows in photos.items()
-    }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def names_of(rows: datasets.Dataset, data_dir: str | os.PathLike) -> list[str]:
-    """Return each photo's path within the folder, or the name that it came with, or its number."""
-    paths = (row["image"]["path"] for row in rows)
-    if _are_files(rows, data_dir):
-        return [os.path.relpath(path, data_dir) for path in paths]
-    return [str(number) if path is None else path for number, path in enumerate(paths)]
 
 
 def _are_files(rows: datasets.Dataset | StreamedSplit, data_dir: str | os.PathLike) -> bool:

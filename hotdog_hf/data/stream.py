@@ -25,8 +25,8 @@ from hotdog_hf.data.images import read_photo
 from hotdog_hf.data.loaders import IGNORED_LABEL, StepSampler, map_threaded, step_loader
 from hotdog_hf.data.splits import (
     HUB_DATA_PREFIX,
+    Photos,
     StreamedSplit,
-    counts,
     require_every_class,
     select_image_and_label,
 )
@@ -73,7 +73,7 @@ def open_stream(data_dir: str, progress: bool = True) -> dict[str, datasets.Data
             else:
                 rows = tqdm(stream, desc=split, unit="img", leave=False, disable=None if progress else True)
                 opened[split] = datasets.Dataset.from_list(list(rows), features=stream.features)
-    require_every_class(data_dir, counts(opened))
+    require_every_class(Photos(opened, data_dir))
     return opened
 
 

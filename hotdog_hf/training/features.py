@@ -5,16 +5,16 @@ import hashlib
 import json
 import os
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import safetensors
 import safetensors.torch
 import torch
 from accelerate import Accelerator
 
 from hotdog_hf.data.loaders import FeatureDataset, PhotoDataset, eval_loader
-from hotdog_hf.data.splits import manifest
+from hotdog_hf.data.splits import Photos
 from hotdog_hf.data.transforms import derive_seed, eval_transform, train_transform
 from hotdog_hf.machine import cache_dir
 from hotdog_hf.training import engine, launch
@@ -25,53 +25,39 @@ MAX_CACHE_BYTES = 2 * 2**30
 BATCH_SIZE = 32
 
 
-def of_split(
-    accelerator: Accelerator,
-    net: torch.nn.Module,
-    splits: datasets.DatasetDict,
-    split: str,
-    data_dir: str,
-    data_config: dict,
-    *,
-    seed: int = 0,
-    num_workers: int = 0,
-) -> FeatureDataset:
-    """Return the features of a split's photos, preprocessed as for evaluation, on every process."""
-    photo_set = PhotoDataset(splits[split], eval_transform(data_config), seed)
-    facts = _facts(splits, split, data_dir, data_config)
-    return pooled_features(
-        accelerator, net, photo_set, facts, batch_size=BATCH_SIZE, num_workers=num_workers, title=split
-    )
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """A body that does not change, and photos; every process gets the features of all of them."""
 
+    accelerator: Accelerator
+    net: torch.nn.Module
+    photos: Photos
+    data_config: dict
+    num_workers: int = 0
 
-def of_crops(
-    accelerator: Accelerator,
-    net: torch.nn.Module,
-    splits: datasets.DatasetDict,
-    split: str,
-    data_dir: str,
-    data_config: dict,
-    *,
-    count: int,
-    min_crop_area: float,
-    seed: int,
-    num_workers: int = 0,
-) -> list[FeatureDataset]:
-    """Return the features of `count` random crops of each photo, of the size of evaluation."""
-    crop, views = train_transform(data_config, None, min_crop_area), []
-    facts = _facts(splits, split, data_dir, data_config) if count else []
-    for view in range(1, count + 1):
-        photo_set = PhotoDataset(splits[split], crop, derive_seed(seed, view))
-        knobs = {"batch_size": BATCH_SIZE, "num_workers": num_workers, "title": f"crops {view}/{count}"}
-        views.append(
-            pooled_features(accelerator, net, photo_set, [*facts, min_crop_area, seed, view], **knobs)
-        )
-    return views
+    def split(self, name: str, seed: int = 0) -> FeatureDataset:
+        """Return the features of a split, its photos preprocessed as for evaluation."""
+        photo_set = PhotoDataset(self.photos.splits[name], eval_transform(self.data_config), seed)
+        return self._pooled(photo_set, self._facts(name), name)
 
+    def crops(self, name: str, count: int, min_crop_area: float, seed: int) -> list[FeatureDataset]:
+        """Return the features of `count` random crops of each photo of a split, of the size of evaluation."""
+        crop, views = train_transform(self.data_config, None, min_crop_area), []
+        facts = self._facts(name) if count else []
+        for view in range(1, count + 1):
+            photo_set = PhotoDataset(self.photos.splits[name], crop, derive_seed(seed, view))
+            view_facts = [*facts, min_crop_area, seed, view]
+            views.append(self._pooled(photo_set, view_facts, f"crops {view}/{count}"))
+        return views
 
-def _facts(splits: datasets.DatasetDict, split: str, data_dir: str, data_config: dict) -> list:
-    """Say which photos these are and how they are prepared; it looks at every file's size and time."""
-    return [manifest({split: splits[split]}, data_dir), str(Path(data_dir).absolute()), data_config]
+    def _facts(self, name: str) -> list:
+        """Say which photos these are and how they are prepared; it reads every file's size and time."""
+        photos = self.photos
+        return [photos.manifest(name), str(Path(photos.data_dir).absolute()), self.data_config]
+
+    def _pooled(self, photo_set: PhotoDataset, facts: list, title: str) -> FeatureDataset:
+        knobs = {"batch_size": BATCH_SIZE, "num_workers": self.num_workers, "title": title}
+        return pooled_features(self.accelerator, self.net, photo_set, facts, **knobs)
 
 
 def pooled_features(

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from hotdog_hf import files, metrics
 from hotdog_hf.config import TrainConfig, flatten, to_dict
 from hotdog_hf.data import images
-from hotdog_hf.data.splits import counts, manifest, names_of, sample_photos
+from hotdog_hf.data.splits import sample_photos
 from hotdog_hf.errors import UserError, message_of
 from hotdog_hf.model import saved
 from hotdog_hf.model.source import describe_source
@@ -66,7 +66,7 @@ def open_run(job: Job, stack: contextlib.ExitStack) -> Path:
         "config": to_dict(config),
         "num_processes": accelerator.num_processes,
         "precision": launch.precision_of(accelerator),
-        "photos": manifest(job.splits, config.data.data_dir),
+        "photos": job.photos.manifest(),
     }
     found = launch.run_on_main(accelerator, lambda: _checkpoint_to_go_on_from(config, identity))
     run_dir = checkpoint.run_dir_of(found) if found else config.run.output_dir
@@ -76,8 +76,8 @@ def open_run(job: Job, stack: contextlib.ExitStack) -> Path:
         folder, lock = open_run_dir(run_dir, resume=config.run.resume is not None)
         stack.callback(lock.release)
         with files.writing_to(folder):
-            write_identity(folder, identity, job.skipped)
-            shown = job.splits["test" if config.data.streaming else "train"]
+            write_identity(folder, identity, job.photos.skipped)
+            shown = job.photos.splits["test" if config.data.streaming else "train"]
             plots.plot_samples(*sample_photos(shown, job.positive_label), folder / "samples.png")
         return folder
 
@@ -108,25 +108,20 @@ def train_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) ->
         progress.learning_rate = state.optimizer.param_groups[-1]["lr"]
     tick, every = time.perf_counter(), config.run.checkpoint_every
     with add_progress_to_errors(job, run_dir):
-        for waited in engine.train_steps(
+        steps = engine.train_steps(
             accelerator,
-            state.model,
+            state,
             job.train_loader,
-            state.optimizer,
-            state.schedule,
-            state.totals,
-            loss_reduction=config.optim.loss_reduction,
-            label_smoothing=config.optim.label_smoothing,
-            accumulation_steps=config.optim.gradient_accumulation_steps,
-            average=state.average,
-            eval_modules=job.eval_modules,
+            config.optim,
+            job.eval_modules,
             title=f"epoch {epoch}/{config.optim.epochs}",
-        ):
+        )
+        for data_seconds in steps:
             progress.step += 1
             progress.total_steps += 1
             before, tick = tick, time.perf_counter()
             progress.seconds += tick - before
-            progress.waited += waited
+            progress.waited += data_seconds
             stopped = launch.any_process(accelerator, bool(stop.number))
             if stopped or (every != "epoch" and progress.total_steps % every == 0):
                 save_checkpoint(job, run_dir)
@@ -200,20 +195,20 @@ def finish(job: Job, run_dir: Path, evaluation: Evaluation, started: float) -> N
     if accelerator.is_main_process:
         with files.writing_to(run_dir):
             records.write_metrics(run_dir, [*job.state.progress.rows, final])
-            names = names_of(job.splits["test"], config.data.data_dir)
-            answers = evaluation.probabilities, evaluation.labels, job.label_names
-            records.write_predictions(run_dir / "predictions.csv", names, *answers)
-            card.write_card(
-                run_dir,
+            outputs = evaluation.probabilities, evaluation.labels, job.photos.label_names
+            records.write_predictions(run_dir / "predictions.csv", job.photos.names("test"), *outputs)
+            facts = card.CardFacts(
                 name=(config.hub.push_to_hub or run_dir.name).rpartition("/")[2],
                 config=to_dict(config),
-                counts=counts(job.splits),
+                counts=job.photos.counts(),
                 scores=final,
                 positive_label=job.positive_label,
-                hardware=job.hardware,
                 source=describe_source(config.model.model, config.model.weights),
                 data_config=job.data_config,
+                hardware=job.hardware,
+                versions=launch.describe_versions(),
             )
+            card.write_card(run_dir, facts)
     accelerator.print(records.describe_final(final, run_dir, job.hardware))
 
 
