@@ -69,57 +69,27 @@ def main(config: BenchmarkConfig) -> None:
     """Prepare, measure in turns, and write after every section what is there."""
     # Imported here so that --help and a mistyped flag answer at once.
     import dataclasses
-    import datetime
     import os
-    import shlex
-    import sys
     import tempfile
     from pathlib import Path
 
-    from tqdm import tqdm
-
     from hotdog_hf import files
-    from hotdog_hf.bench.page import QUIET_LOAD, write_report
-    from hotdog_hf.bench.runner import Results, measure, plan
-    from hotdog_hf.bench.sections import SECTIONS
-    from hotdog_hf.bench.setup import commit_of, prepare
+    from hotdog_hf.bench import page, runner
+    from hotdog_hf.bench.setup import prepare
 
     folder, root = Path(config.output_dir), Path(os.path.relpath(Path(__file__).parent.parent))
-    given = dataclasses.asdict(config)
-    chosen = given.pop("only")
-    only = [name for name in SECTIONS if name in chosen]
-    repeats, _ = given.pop("repeats"), given.pop("output_dir")
-    load = os.getloadavg()[0]
-    if load > QUIET_LOAD:
-        print(f"warning: the load average is {load:.2f}: other work on this machine spoils the numbers")
+    knobs = dataclasses.asdict(config)
+    sections, repeats, _ = (knobs.pop(name) for name in ("only", "repeats", "output_dir"))
+    load = runner.measure_load()
     with files.writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix="work-", dir=folder, ignore_cleanup_errors=True)
-
-    failed, stopped = [], False
     with scratch as work:
         print("preparing photos, weights and a saved model", flush=True)
-        setup, machine = prepare(Path(work), root, **given)
-        facts = given | {"machine": machine, "train": setup.train, "test": setup.test}
-        results = Results(folder / "results.json", facts | {"image_size": setup.image_size}, only)
-        by = {"by": shlex.join(["python", *sys.argv]), "commit": commit_of(root), "load": load}
-        plan = plan(setup, only, repeats)
-        try:
-            bar = tqdm(total=sum(map(len, plan.values())), unit="measurement", disable=None)
-            for section, turns in plan.items():
-                for variant, number in turns:
-                    bar.write(f"{section} {number + 1}/{repeats}: {variant.name}")
-                    numbers = measure(setup, variant, number)
-                    at = datetime.datetime.now().isoformat(timespec="seconds")
-                    results.add(variant, number, by | {"at": at}, numbers)
-                    bar.update()
-                    if "error" in numbers:
-                        failed.append(f"{section}, {variant.name}: {numbers['error']}")
-                        bar.write(f"failed: {failed[-1]}")
-                write_report(folder, results.content)
-        except KeyboardInterrupt:
-            stopped = True
-    print(write_report(folder, results.content))
+        setup, machine = prepare(Path(work), root, **knobs)
+        results = runner.Results(folder / "results.json", runner.facts_of(setup, machine, knobs), sections)
+        failed, stopped = runner.measure_all(setup, results, sections, repeats, load)
+    print(page.write_report(folder, results.content))
     print(f"report: {folder / 'README.md'}")
     if failed:
         raise UserError(f"{len(failed)} measurements failed, first {failed[0]}")

@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from hotdog_hf.config import DEFAULT_DATA_DIR, DataConfig
-from hotdog_hf.errors import UserError, exit_on_user_error
+from hotdog_hf.errors import exit_on_user_error
 
 
 @dataclass(frozen=True)
@@ -56,89 +56,34 @@ def main(config: ReportConfig) -> None:
     import shlex
     import sys
 
-    from tqdm import tqdm
+    from hotdog_hf.report import page, runner
+    from hotdog_hf.training import launch
 
-    from hotdog_hf.data import images, loaders, transforms
-    from hotdog_hf.data.prepare import open_photos
-    from hotdog_hf.data.splits import names_of, resolve_positive
-    from hotdog_hf.data.transforms import MEMORY_FORMAT
-    from hotdog_hf.model import network, saved
-    from hotdog_hf.report import gradcam
-    from hotdog_hf.report.page import check_output_dir, describe, image_uri, write_report
-    from hotdog_hf.report.runner import galleries, run_knobs, validation_cut
-    from hotdog_hf.report.scores import choose_threshold, label_order, summarise
-    from hotdog_hf.training import engine, launch
-
-    folder = check_output_dir(config.output_dir)
+    folder = page.check_output_dir(config.output_dir)
     # In float32, as scripts/predict.py and every other loader of the folder compute.
     accelerator = launch.build_accelerator("no")
-    with accelerator.local_main_process_first():
-        net = saved.load_model(config.model)
-    knobs = run_knobs(config.model)
-    fraction, seed = validation_cut(knobs, config.data_dir)
+    net = runner.load_model(accelerator, config.model)
+    knobs = runner.run_knobs(config.model)
+    fraction, seed = runner.validation_cut(knobs, config.data_dir)
     seed = seed if config.seed is None else config.seed
-    splits, _ = open_photos(config.photos(fraction), seed, accelerator)
-    if config.split not in splits:
-        found = ", ".join(splits)
-        raise UserError(
-            f"{config.data_dir} has no {config.split} split, only {found}: --val-fraction cuts one"
-        )
-    label_names, data_config = network.label_names_of(net), network.data_config_of(net)
-    order = label_order(splits["train"].features["label"].names, label_names)
-    positive_label = resolve_positive(label_names, config.positive_label)
-
-    # Predictions. A threshold is chosen on validation alone.
-    eval_splits = [config.split]
-    if positive_label and "validation" in splits and config.split != "validation":
-        eval_splits.append("validation")
-    eval_sets = {
-        split: loaders.PhotoDataset(splits[split], transforms.eval_transform(data_config))
-        for split in eval_splits
-    }
-    net, predicted = accelerator.prepare(net.to(memory_format=MEMORY_FORMAT)), {}
-    for split, photo_set in eval_sets.items():
-        loader = loaders.eval_loader(
-            photo_set, config.batch_size, num_workers=launch.default_workers(accelerator)
-        )
-        probabilities, labels = engine.predict(accelerator, net, accelerator.prepare(loader), title=split)
-        predicted[split] = probabilities.numpy(), order[labels.numpy()]
-    probabilities, labels = predicted[config.split]
-
+    photos = runner.load_photos(accelerator, config.photos(fraction), config.split, seed)
+    evaluation = runner.evaluate(
+        accelerator, net, photos, config.split, config.positive_label, config.batch_size
+    )
     if accelerator.is_main_process:
-        # Looked at one by one, so by the bare network.
-        bare, photo_set, pictures = accelerator.unwrap_model(net), eval_sets[config.split], {}
-        for name, indices in galleries(probabilities, labels).items():
-            pictures[name] = []
-            for index in tqdm(indices, desc=name, unit="img", leave=False, disable=None):
-                bytes_of_one = photo_set[index]["pixel_values"][None].to(accelerator.device)
-                pixels = photo_set.network_input(bytes_of_one)[0]
-                heat = gradcam.grad_cam(bare, pixels, int(probabilities[index].argmax()))
-                seen = None if heat is None else image_uri(gradcam.overlay(pixels, heat, data_config))
-                photo = image_uri(images.read_photo(photo_set.rows[index]))
-                pictures[name].append({"index": index, "photo": photo, "overlay": seen})
-        summary = {
-            "model": config.model,
-            "data_dir": config.data_dir,
-            "split": config.split,
-            "label_names": label_names,
-            "positive_label": positive_label,
-            "threshold": None,
-            **summarise(probabilities, labels, label_names, positive_label),
-        }
-        if positive_label and "validation" in predicted:
-            summary["threshold"] = choose_threshold(predicted, label_names.index(positive_label))
-        write_report(
+        summary = runner.summary_of(evaluation, config.model)
+        page.write_report(
             folder,
             summary,
-            files=names_of(photo_set.rows, config.data_dir),
-            probabilities=probabilities,
-            labels=labels,
-            pictures=pictures,
+            evaluation.names,
+            *evaluation.predicted[config.split],
+            pictures=runner.draw_galleries(accelerator, evaluation),
             knobs=knobs,
             command=shlex.join(["python", *sys.argv]),
         )
-        print(describe(summary), f"report: {folder / 'report.html'}", sep="\n")
-    net, *_ = launch.finish(accelerator, net)
+        print(page.describe(summary), f"report: {folder / 'report.html'}", sep="\n")
+    del net, evaluation  # a distributed network that is alive at exit may abort the process
+    launch.finish(accelerator)
 
 
 if __name__ == "__main__":

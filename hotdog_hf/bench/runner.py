@@ -1,18 +1,24 @@
 """The benchmark's measurements: interleaved, repeated, written after each one."""
 
 import contextlib
+import datetime
 import json
+import os
 import re
+import shlex
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
+from hotdog_hf.bench.page import QUIET_LOAD, write_report
 from hotdog_hf.bench.processes import MeasurementError
 from hotdog_hf.bench.sections import SECTIONS, Variant
-from hotdog_hf.bench.setup import Setup
+from hotdog_hf.bench.setup import Setup, commit_of
 from hotdog_hf.errors import UserError, message_of
 from hotdog_hf.files import write_json
-
-# Results.
 
 
 class Results:
@@ -58,3 +64,44 @@ def measure(setup: Setup, variant: Variant, number: int) -> dict:
         shutil.rmtree(folder, ignore_errors=True)
         # Caches of the recipes are used again in the same round, by the variants that find them.
         shutil.rmtree(setup.work / "cache" / name, ignore_errors=True)
+
+
+def measure_load() -> float:
+    """Return the load average, with a warning if other work runs on this machine."""
+    if (load := os.getloadavg()[0]) > QUIET_LOAD:
+        print(f"warning: the load average is {load:.2f}: other work on this machine spoils the numbers")
+    return load
+
+
+def facts_of(setup: Setup, machine: dict, knobs: dict) -> dict:
+    """Return what results must share to stand in one table: knobs, machine, photos, size."""
+    photos = {"train": setup.train, "test": setup.test}
+    return knobs | {"machine": machine, **photos, "image_size": setup.image_size}
+
+
+def measure_all(
+    setup: Setup, results: Results, sections: Sequence[str], repeats: int, load: float
+) -> tuple[list[str], bool]:
+    """Measure the sections in turns, and write the page after each one; Ctrl-C ends it.
+
+    Returns a line for every measurement that failed, and whether it was interrupted.
+    """
+    folder, failed = results.file.parent, []
+    origin = {"by": shlex.join(["python", *sys.argv]), "commit": commit_of(setup.root), "load": load}
+    turns = plan(setup, [name for name in SECTIONS if name in sections], repeats)
+    try:
+        with tqdm(total=sum(map(len, turns.values())), unit="measurement", disable=None) as bar:
+            for section, variants in turns.items():
+                for variant, number in variants:
+                    bar.write(f"{section} {number + 1}/{repeats}: {variant.name}")
+                    numbers = measure(setup, variant, number)
+                    at = datetime.datetime.now().isoformat(timespec="seconds")
+                    results.add(variant, number, origin | {"at": at}, numbers)
+                    bar.update()
+                    if "error" in numbers:
+                        failed.append(f"{section}, {variant.name}: {numbers['error']}")
+                        bar.write(f"failed: {failed[-1]}")
+                write_report(folder, results.content)
+    except KeyboardInterrupt:
+        return failed, True
+    return failed, False

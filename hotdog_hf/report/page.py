@@ -71,10 +71,10 @@ def describe(summary: dict) -> str:
 def write_report(
     folder: Path,
     summary: dict,
-    *,
     files: Sequence[str],
     probabilities: np.ndarray,
     labels: np.ndarray,
+    *,
     pictures: dict[str, list[dict]],
     knobs: Sequence[tuple[str, str, object]],
     command: str,

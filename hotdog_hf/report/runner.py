@@ -1,17 +1,127 @@
-"""A report from start to end: load, predict, score, write."""
+"""A report from start to end: the model, its photos, its predictions, and what is shown of them."""
 
 import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from hotdog_hf.config import DataConfig
+from hotdog_hf.data import images, loaders, transforms
+from hotdog_hf.data.prepare import open_photos
+from hotdog_hf.data.splits import Photos, resolve_positive
+from hotdog_hf.errors import UserError
+from hotdog_hf.model import network, saved
+from hotdog_hf.report import gradcam
+from hotdog_hf.report.page import image_uri
+from hotdog_hf.report.scores import choose_threshold, label_order, summarise
+from hotdog_hf.training import engine, launch
 
 GALLERY_SIZE = 12
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A saved model's predictions on the photos of a split, and on validation if that chooses a threshold."""
+
+    net: torch.nn.Module
+    data_config: dict
+    photos: Photos
+    split: str
+    label_names: list[str]
+    positive_label: str | None
+    # Probabilities [N, classes] and labels [N] by split, in the model's order of classes.
+    predicted: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the split's photos."""
+        return self.photos.names(self.split)
+
+
+def load_model(accelerator: Accelerator, name: str) -> torch.nn.Module:
+    """Load a saved model; one process of each machine downloads it."""
+    with accelerator.local_main_process_first():
+        return saved.load_model(name)
+
+
+def load_photos(accelerator: Accelerator, config: DataConfig, split: str, seed: int) -> Photos:
+    """Return the photos. Raises `UserError` if they have no such split."""
+    photos = open_photos(config, seed, accelerator)
+    if split not in photos.splits:
+        found = ", ".join(photos.splits)
+        raise UserError(f"{config.data_dir} has no {split} split, only {found}: --val-fraction cuts one")
+    return photos
+
+
+def evaluate(
+    accelerator: Accelerator,
+    net: torch.nn.Module,
+    photos: Photos,
+    split: str,
+    positive_label: str | None,
+    batch_size: int,
+) -> Evaluation:
+    """Predict a split, and validation too if that may choose a threshold for it."""
+    label_names, data_config = network.label_names_of(net), network.data_config_of(net)
+    order = label_order(photos.label_names, label_names)
+    positive_label = resolve_positive(label_names, positive_label)
+    chooses = positive_label and "validation" in photos.splits
+    predicted, transform = {}, transforms.eval_transform(data_config)
+    net = accelerator.prepare(net.to(memory_format=transforms.MEMORY_FORMAT))
+    for name in dict.fromkeys([split, *(["validation"] if chooses else [])]):
+        photo_set = loaders.PhotoDataset(photos.splits[name], transform)
+        loader = loaders.eval_loader(photo_set, batch_size, num_workers=launch.default_workers(accelerator))
+        loader = accelerator.prepare(loader)
+        probabilities, labels = engine.predict(accelerator, net, loader, title=name)
+        predicted[name] = probabilities.numpy(), order[labels.numpy()]
+    return Evaluation(net, data_config, photos, split, label_names, positive_label, predicted)
+
+
+def summary_of(evaluation: Evaluation, model: str) -> dict:
+    """Return all numbers of a report, as `page.write_report` takes them."""
+    label_names, positive_label = evaluation.label_names, evaluation.positive_label
+    probabilities, labels = evaluation.predicted[evaluation.split]
+    threshold = None
+    if positive_label and "validation" in evaluation.predicted:  # which alone may choose one
+        threshold = choose_threshold(evaluation.predicted, label_names.index(positive_label))
+    return {
+        "model": model,
+        "data_dir": evaluation.photos.data_dir,
+        "split": evaluation.split,
+        "label_names": label_names,
+        "positive_label": positive_label,
+        "threshold": threshold,
+        **summarise(probabilities, labels, label_names, positive_label),
+    }
+
+
+def draw_galleries(accelerator: Accelerator, evaluation: Evaluation) -> dict[str, list[dict]]:
+    """Return the photos of each gallery, as `index`, `photo` and `overlay` (data URIs, or None)."""
+    # One by one, so by the bare network.
+    net, data_config = accelerator.unwrap_model(evaluation.net), evaluation.data_config
+    rows = evaluation.photos.splits[evaluation.split]
+    transform = transforms.eval_transform(data_config)
+    probabilities, labels = evaluation.predicted[evaluation.split]
+    pictures: dict[str, list[dict]] = {}
+    for name, indices in galleries(probabilities, labels).items():
+        pictures[name] = []
+        for index in tqdm(indices, desc=name, unit="img", leave=False, disable=None):
+            photo = images.read_photo(rows[index])
+            pixels = transform.normalize(transform.pixels(photo)[None].to(accelerator.device))[0]
+            heat = gradcam.grad_cam(net, pixels, int(probabilities[index].argmax()))
+            overlay = None if heat is None else image_uri(gradcam.overlay(pixels, heat, data_config))
+            pictures[name].append({"index": index, "photo": image_uri(photo), "overlay": overlay})
+    return pictures
+
+
 def galleries(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[int]]:
-    """Return which photos are looked at: the most confident mistakes, and the least certain answers."""
+    """Return which photos are shown: the most confident mistakes, and the least certain predictions."""
     chosen, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
     mistakes = [int(i) for i in np.argsort(-sure, kind="stable") if chosen[i] != labels[i]]
     unsure = np.argsort(sure, kind="stable")[:GALLERY_SIZE].tolist()
@@ -19,7 +129,7 @@ def galleries(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[i
 
 
 def run_knobs(model: str) -> list[tuple[str, str, object]]:
-    """Return group, name and value of every knob of the run that a model folder lies in; none elsewhere."""
+    """Return group, name and value of every knob of the run whose folder holds the model; none elsewhere."""
     with contextlib.suppress(OSError, ValueError):
         config = json.loads((Path(model).resolve().parent / "config.json").read_text(encoding="utf-8"))
         if isinstance(config, dict) and "recipe" in config:  # else it is something else's config.json
@@ -31,7 +141,7 @@ def run_knobs(model: str) -> list[tuple[str, str, object]]:
 
 
 def validation_cut(knobs: Sequence[tuple[str, str, object]], data_dir: str) -> tuple[float, int]:
-    """Return the share of train that a run of these knobs held back, and its seed; none of other photos."""
+    """Return the share of train that a run with these knobs held back, and its seed; none of other photos."""
     knob = {name: value for _, name, value in knobs}
     if "data_dir" in knob and Path(knob["data_dir"]).resolve() == Path(data_dir).resolve():
         return knob["val_fraction"], knob["seed"]

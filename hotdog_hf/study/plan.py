@@ -5,8 +5,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
-from hotdog_hf.config import HARMLESS, RECIPES, TrainConfig, flatten, to_dict
+from hotdog_hf.config import DEFAULT_DATA_DIR, HARMLESS, RECIPES, TrainConfig, flatten, to_dict
 
 # The arms by name: the recipe, and what the table calls it.
 ARMS = {
@@ -50,6 +51,49 @@ COMMON = (
 )
 # Share of train that judges the grid and the variants.
 CHOICE_FRACTION = 0.2
+
+
+Experiment = Literal[
+    "finetune", "scratch", "frozen", "class-vector", "probe", "best", "rates", "grid", "variants"
+]
+EXPERIMENTS = get_args(Experiment)
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Run the chapter's study and write runs/reproduce/README.md, results.csv and the figures."""
+
+    # Folder with train/<class>/* and test/<class>/*, or hf://datasets/user/name.
+    data_dir: str = DEFAULT_DATA_DIR
+    # Any timm model name, and its weights, as for scripts/train.py.
+    model: str = "resnet18"
+    # "auto", "bundled", or a .safetensors/.pth file.
+    weights: str = "auto"
+    # Source classes of ours, as in hotdog=934, where the names are not the source's own.
+    source_class: tuple[str, ...] = ()
+    # Seeds 0, 1, ... of each arm (rates and grid have one seed, variants at most two).
+    seeds: int = 5
+    # What to run: rates is exercise 1, grid exercise 2, variants what was tried for "best"; the others are
+    # the arms. Unset: all but the variants.
+    only: tuple[Experiment, ...] = EXPERIMENTS[:-1]
+    # Epochs of every run but the probe's. Unset: each recipe's own.
+    epochs: int | None = None
+    # Side of the square input in pixels. Unset: the model's own.
+    image_size: int | None = None
+    # Class that precision, recall and the zero-shot question speak of. Unset: "hotdog" where it exists.
+    positive_label: str | None = None
+    # Photos that cannot be read: end with their names, or go on without them.
+    bad_images: Literal["fail", "skip"] = "fail"
+    # Loader processes. Unset: as in scripts/train.py.
+    num_workers: int | None = None
+    # Threads of a process on a CPU. Unset: the cores, shared out among the processes.
+    num_threads: int | None = None
+    # Where the study goes.
+    output_dir: str = "runs/reproduce"
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
 
 
 @dataclass(frozen=True)
