@@ -11,29 +11,54 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from hotdog_hf.data.images import IMAGE_SUFFIXES, decode_image, normalize, resize_and_crop
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.machine import allowed_cores, keep_freed_memory
 
 MAX_DECODERS = 8
+# Images of a long list that are decoded and passed through the network together.
+CALL_BATCH = 32
 NEEDS_ONNX = 'this needs onnx and onnxruntime: pip install -e ".[onnx]"'
 
 
+Source = str | os.PathLike | bytes | Image.Image
+
+
 class Predictor(NamedTuple):
-    """A model ready to predict: `probabilities` maps RGB bytes, uint8 [N, H, W, 3], to [N, classes]."""
+    """A model ready to predict: call it with images, or `probabilities` with RGB bytes.
+
+    `probabilities` maps uint8 [N, H, W, 3], resized and cropped, to float32 [N, classes].
+    """
 
     label_names: list[str]
     data_config: dict
     probabilities: Callable[[np.ndarray], np.ndarray]
     # Whether it computes elsewhere than on the CPU, which can decode meanwhile.
     leaves_cpu_free: bool = False
+
+    def __call__(self, images: Source | Sequence[Source]) -> dict[str, float] | list[dict[str, float]]:
+        """Return the probability of each class, by its name; a list of such dicts for a list of images.
+
+        An image is a path, the bytes of a file, or a PIL image. Raises `UserError` for one that cannot be
+        read.
+        """
+        if not isinstance(images, (list, tuple)):
+            return self([images])[0]
+        found = []
+        for start in range(0, len(images), CALL_BATCH):
+            batch = [decode_image(image) for image in images[start : start + CALL_BATCH]]
+            pixels = np.stack([resize_and_crop(image, self.data_config) for image in batch])
+            rows = self.probabilities(pixels).tolist()
+            found += [dict(zip(self.label_names, row, strict=True)) for row in rows]
+        return found
 
 
 class Prediction(NamedTuple):

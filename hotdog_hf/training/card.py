@@ -3,33 +3,38 @@
 import html
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 
 from hotdog_hf.files import write_text
 from hotdog_hf.metrics import CARD_METRICS
-from hotdog_hf.training.launch import describe_versions
 
 
-def write_card(
-    run_dir: str | os.PathLike,
-    *,
-    name: str,
-    config: dict,
-    counts: dict[str, dict[str, int]],
-    scores: dict,
-    positive_label: str | None,
-    hardware: str,
-    source: str,
-    data_config: dict,
-) -> Path:
-    """Write `model/README.md` of a run, with its pictures beside it, and return its path.
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card says of a model."""
 
-    `config` is the run's, in groups; `counts` the photos by split and class; `scores` the final test scores,
-    `test_...`; `source` the weights that training started from.
-    """
-    run_dir = Path(run_dir)
+    name: str
+    # The run's config, in groups.
+    config: dict
+    # Photos by split and class.
+    counts: dict[str, dict[str, int]]
+    # The final test scores, `test_...`.
+    scores: dict
+    positive_label: str | None
+    # The weights that training started from, and the preprocessing.
+    source: str
+    data_config: dict
+    hardware: str
+    versions: str
+
+
+def write_card(run_dir: str | os.PathLike, facts: CardFacts) -> Path:
+    """Write `model/README.md` of a run, with its pictures beside it, and return its path."""
+    run_dir, config, counts, scores = Path(run_dir), facts.config, facts.counts, facts.scores
+    positive_label, source = facts.positive_label, facts.source
     folder, label_names = run_dir / "model", list(counts["train"])
     metadata = huggingface_hub.ModelCardData(
         license=config["hub"]["license"],
@@ -37,7 +42,7 @@ def write_card(
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "transformers", "hotdog_hf"],
         base_model=source.removeprefix("hf-hub:") if source.startswith(("hf-hub:", "timm/")) else None,
-        model_name=name,
+        model_name=facts.name,
         eval_results=_eval_results(scores, positive_label, config["data"]["data_dir"], counts["test"]),
     )
     pictures = []
@@ -48,11 +53,11 @@ def write_card(
     text = "\n\n".join(
         [
             f"---\n{metadata.to_yaml()}\n---",
-            f"# {_text(name)}",
+            f"# {_text(facts.name)}",
             _summary(label_names, counts, scores, source),
-            _usage(folder, data_config),
+            _usage(folder, facts.data_config),
             _results(label_names, scores, positive_label, counts["test"]),
-            _training(config, counts, hardware),
+            _training(facts),
             *(f"![{picture.removesuffix('.png')}]({picture})" for picture in pictures),
             _limits(label_names, counts, scores),
         ]
@@ -127,16 +132,11 @@ print(dict(zip(model.pretrained_cfg["label_names"], probabilities.tolist())))
 ```
 
 ```python
-# hotdog_hf: the same, and EXIF rotation, transparency, 16-bit and CMYK files as in training
+# hotdog_hf: with EXIF rotation, transparency, 16-bit and CMYK files handled as in training
 import hotdog_hf
-import torch
-from hotdog_hf import data_config_of, decode_image, eval_transform, label_names_of
 
-model = hotdog_hf.load_model("MODEL")
-with torch.no_grad():
-    pixels = eval_transform(data_config_of(model))(decode_image("photo.jpg"))
-    probabilities = model(pixels[None]).softmax(dim=1)[0]
-print(dict(zip(label_names_of(model), probabilities.tolist())))
+classify = hotdog_hf.load_predictor("MODEL")
+print(classify("photo.jpg"))
 ```"""
 
 
@@ -168,7 +168,8 @@ def _results(label_names: list[str], scores: dict, positive_label: str | None, t
     )
 
 
-def _training(config: dict, counts: dict, hardware: str) -> str:
+def _training(facts: CardFacts) -> str:
+    config, counts = facts.config, facts.counts
     label_names = list(counts["train"])
     table = [
         f"| split | {' | '.join(_text(name) for name in label_names)} |",
@@ -184,7 +185,7 @@ def _training(config: dict, counts: dict, hardware: str) -> str:
             "## Training\n\nPhotos:\n",
             *table,
             f"\nRecipe {config['recipe']}, seed {config['run']['seed']}: {knobs}.",
-            f"\nHardware: {_text(hardware)}. {describe_versions()}.",
+            f"\nHardware: {_text(facts.hardware)}. {facts.versions}.",
         ]
     )
 
