@@ -7,10 +7,12 @@ Flags, `--help` and defaults come from these dataclasses (tyro). Nothing heavy i
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -31,6 +33,13 @@ SAMPLE_DATA_DIR = "data/sample"
 def _require(holds: bool, flag: str, value: object, rule: str) -> None:
     if not holds:
         raise ValueError(f"{flag} {rule}" + ("" if value is True else f", got {value!r}"))
+
+
+def _require_each(config: object, names: str, holds: Callable[[float], bool], rule: str) -> None:
+    """Require the same of several knobs of a config; one that is unset (None) is right."""
+    for name in names.split():
+        value = getattr(config, name)
+        _require(value is None or holds(value), f"--{name.replace('_', '-')}", value, rule)
 
 
 @dataclass(frozen=True)
@@ -65,19 +74,11 @@ class DataConfig:
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
-        _require(0 <= self.val_fraction < 1, "--val-fraction", self.val_fraction, "must be from 0 up to 1")
-        _require(
-            self.image_size is None or self.image_size >= 16,
-            "--image-size",
-            self.image_size,
-            "is at least 16",
-        )
-        size = self.train_image_size
-        _require(size is None or size >= 16, "--train-image-size", size, "is at least 16")
-        _require(
-            0 < self.min_crop_area <= 1, "--min-crop-area", self.min_crop_area, "is above 0 and at most 1"
-        )
-        _require(self.shuffle_buffer >= 1, "--shuffle-buffer", self.shuffle_buffer, "is 1 or more")
+        _require_each(self, "val_fraction", lambda share: 0 <= share < 1, "must be from 0 up to 1")
+        _require_each(self, "image_size train_image_size", lambda side: side >= 16, "must be 16 or more")
+        _require_each(self, "min_crop_area", lambda area: 0 < area <= 1, "must be above 0 and at most 1")
+        _require_each(self, "shuffle_buffer", lambda count: count >= 1, "must be 1 or more")
+        _require_each(self, "num_workers", lambda count: count >= 0, "must be 0 or more")
         _require(
             not (self.streaming and self.val_fraction),
             "--val-fraction",
@@ -89,12 +90,6 @@ class DataConfig:
             "--bad-images",
             self.bad_images,
             "needs a check of all photos, which --streaming does not make",
-        )
-        _require(
-            self.num_workers is None or self.num_workers >= 0,
-            "--num-workers",
-            self.num_workers,
-            "is 0 or more",
         )
 
 
@@ -149,7 +144,7 @@ class OptimConfig:
     # Passes over the training photos. 0 keeps a head as --head-init probe or class-vector made it.
     epochs: int = 5
     # Photos per optimizer step, over all processes and accumulation steps together.
-    batch_size: int = 128
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["--bs"])] = 128
     # Cut each batch into this many forward/backward passes to save memory; the step stays the same but for
     # BatchNorm by the batch, which sees each piece alone.
     gradient_accumulation_steps: int = 1
@@ -157,7 +152,7 @@ class OptimConfig:
     # over 128 photos is 128 times smaller than the same step with a mean.
     loss_reduction: Literal["sum", "mean"] = "sum"
     # Learning rate of the body.
-    learning_rate: float = 5e-5
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 5e-5
     # The output layer's rate is this many times the body's.
     head_lr_mult: float = 10.0
     # Each group's rate is this times that of the group above it, counted down from the last body group.
@@ -167,7 +162,7 @@ class OptimConfig:
     # Momentum of SGD (Nesterov's where it is not 0). AdamW takes its usual betas.
     momentum: float = 0.0
     # Weight decay, on every parameter as in the chapter unless --no-decay-norm-and-bias.
-    weight_decay: float = 0.001
+    weight_decay: Annotated[float, tyro.conf.arg(aliases=["--wd"])] = 0.001
     # Also decay biases and normalisation scales.
     decay_norm_and_bias: bool = True
     # Learning rate over the run: as it is, or falling to 0 along a half cosine or a line.
@@ -181,36 +176,25 @@ class OptimConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 0, "--epochs", self.epochs, "must be 0 or more")
-        _require(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
-        accumulation = self.gradient_accumulation_steps
-        _require(
-            1 <= accumulation <= self.batch_size,
-            "--gradient-accumulation-steps",
-            accumulation,
+        _require_each(self, "epochs", lambda count: count >= 0, "must be 0 or more")
+        _require_each(self, "batch_size", lambda count: count >= 1, "must be 1 or more")
+        _require_each(
+            self,
+            "gradient_accumulation_steps",
+            lambda passes: 1 <= passes <= self.batch_size,
             f"must be from 1 to --batch-size ({self.batch_size})",
         )
+        _require_each(self, "learning_rate head_lr_mult", lambda rate: 0 < rate < math.inf, "must be above 0")
+        _require_each(self, "layer_decay", lambda factor: 0 < factor <= 1, "must be above 0 and at most 1")
+        _require_each(self, "weight_decay", lambda decay: 0 <= decay < math.inf, "must be 0 or more")
+        shares = "momentum warmup_fraction label_smoothing ema_decay"
+        _require_each(self, shares, lambda share: 0 <= share < 1, "must be from 0 up to 1")
         _require(
-            0 < self.learning_rate < float("inf"), "--learning-rate", self.learning_rate, "must be above 0"
+            not (self.optimizer == "adamw" and self.momentum),
+            "--momentum",
+            self.momentum,
+            "belongs to --optimizer sgd; AdamW has its betas",
         )
-        _require(0 < self.head_lr_mult < float("inf"), "--head-lr-mult", self.head_lr_mult, "must be above 0")
-        _require(
-            0 < self.layer_decay <= 1, "--layer-decay", self.layer_decay, "must be above 0 and at most 1"
-        )
-        _require(0 <= self.momentum < 1, "--momentum", self.momentum, "must be from 0 up to 1")
-        adamw_momentum = self.optimizer == "adamw" and self.momentum
-        _require(
-            not adamw_momentum, "--momentum", self.momentum, "belongs to --optimizer sgd; AdamW has its betas"
-        )
-        _require(
-            0 <= self.weight_decay < float("inf"), "--weight-decay", self.weight_decay, "must be 0 or more"
-        )
-        for flag, share in (
-            ("--warmup-fraction", self.warmup_fraction),
-            ("--label-smoothing", self.label_smoothing),
-            ("--ema-decay", self.ema_decay),
-        ):
-            _require(0 <= share < 1, flag, share, "must be from 0 up to 1")
 
 
 @dataclass(frozen=True)
@@ -248,16 +232,10 @@ class RunConfig:
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
 
     def __post_init__(self) -> None:
-        _require(
-            self.num_threads is None or self.num_threads >= 1,
-            "--num-threads",
-            self.num_threads,
-            "is 1 or more",
-        )
+        _require_each(self, "num_threads keep_checkpoints", lambda count: count >= 1, "must be 1 or more")
+        _require_each(self, "seed", lambda number: number >= 0, "must be 0 or more")
         every = self.checkpoint_every
-        _require(every == "epoch" or every >= 1, "--checkpoint-every", every, 'is 1 or more, or "epoch"')
-        _require(self.keep_checkpoints >= 1, "--keep-checkpoints", self.keep_checkpoints, "is 1 or more")
-        _require(self.seed >= 0, "--seed", self.seed, "must be 0 or more")
+        _require(every == "epoch" or every >= 1, "--checkpoint-every", every, 'must be 1 or more, or "epoch"')
 
 
 @dataclass(frozen=True)
@@ -317,7 +295,7 @@ class TrainConfig:
             "cannot hold the features of all photos: add --no-cache-features and --head-init xavier",
         )
         views = self.model.probe_views
-        _require(views >= 0, "--probe-views", views, "is 0 or more")
+        _require_each(self.model, "probe_views", lambda count: count >= 0, "must be 0 or more")
         _require(
             not views or (self.model.head_init == "probe" and self.data.augmentation == "crop"),
             "--probe-views",

@@ -57,7 +57,7 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
         ("--recipe class-vector --source-class cat=tabby 934", r"--source-class is name=class, .*'934'\]"),
         ("--probe-views 2", "--probe-views needs --head-init probe and --augmentation crop .*, got 2"),
         ("--recipe probe --probe-views 2", "--probe-views needs --head-init probe and --augmentation crop"),
-        ("--recipe best --probe-views -1", "--probe-views is 0 or more, got -1"),
+        ("--recipe best --probe-views -1", "--probe-views must be 0 or more, got -1"),
         ("--recipe frozen --ema-decay 0.9", "--ema-decay is not for --cache-features"),
     ],
 )
@@ -133,3 +133,11 @@ def test_help_does_not_wait_for_torch():
         "print(sorted({'torch', 'timm', 'datasets', 'accelerate'} & set(sys.modules)))"
     )
     assert run(sys.executable, "-c", probe, cwd=ROOT).stdout.endswith("[]\n")
+
+
+def test_the_usual_short_names_mean_the_same():
+    short = parse_train_config("--lr 0.01 --wd 0.1 --bs 64 --momentum 0.9".split())
+    long = parse_train_config(
+        "--learning-rate 0.01 --weight-decay 0.1 --batch-size 64 --momentum 0.9".split()
+    )
+    assert short == long and (short.optim.learning_rate, short.optim.batch_size) == (0.01, 64)

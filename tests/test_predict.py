@@ -17,6 +17,7 @@ from conftest import ROOT, run
 from PIL import Image
 from test_hub import target
 
+import hotdog_hf
 from hotdog_hf.data import transforms
 from hotdog_hf.data.images import decode_image, normalize, preprocess, resize_and_crop
 from hotdog_hf.errors import UserError
@@ -65,6 +66,24 @@ def exported(saved, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "model.onnx"
     export_onnx(saved, out)
     return out
+
+
+@pytest.mark.parametrize("kind", ["saved", "exported"])
+def test_three_lines_of_python_predict(kind, tmp_path, request):
+    paths = [tmp_path / f"{seed}.png" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        picture(seed).save(path)
+    classify = hotdog_hf.load_predictor(request.getfixturevalue(kind))
+    one = classify(str(paths[1]))
+    assert list(one) == ["hotdog", "not-hotdog"] and sum(one.values()) == pytest.approx(1)
+    assert [list(row.values()) for row in classify(paths)] == [
+        pytest.approx(list(classify(path).values()), abs=1e-6) for path in paths
+    ]
+    assert classify(paths)[1] == pytest.approx(one, abs=1e-6)
+    assert classify(Image.open(paths[1])) == classify(paths[1].read_bytes()) == one
+    assert classify([]) == []
+    with pytest.raises(UserError, match=r"no-such\.png"):
+        classify(tmp_path / "no-such.png")
 
 
 @pytest.fixture

@@ -63,9 +63,7 @@ def studied(photos, tiny_weights, tmp_path_factory):
         reproduce = importlib.import_module("reproduce")
         knobs = {"model": TINY_MODEL, "weights": str(tiny_weights), "image_size": 64, "num_threads": 1}
         where = {"data_dir": str(photos), "output_dir": str(study_dir)}
-        everything = reproduce.ReproduceConfig(
-            **where, **knobs, epochs=1, seeds=2, only=reproduce.EXPERIMENTS
-        )
+        everything = reproduce.ReproduceConfig(**where, **knobs, epochs=1, seeds=2, only=plan.EXPERIMENTS)
         reproduce.main(everything)
     return said.getvalue(), study_dir
 

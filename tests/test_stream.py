@@ -260,7 +260,7 @@ def test_other_classes_in_test_are_refused(tmp_path):
         ),
         ({"data": lambda: DataConfig(streaming=True, val_fraction=0.1)}, "cannot be cut from a stream"),
         ({"data": lambda: DataConfig(streaming=True, bad_images="skip")}, "needs a check of all photos"),
-        ({"data": lambda: DataConfig(shuffle_buffer=0)}, "--shuffle-buffer is 1 or more, got 0"),
+        ({"data": lambda: DataConfig(shuffle_buffer=0)}, "--shuffle-buffer must be 1 or more, got 0"),
     ],
 )
 def test_what_a_stream_cannot_do_is_refused_at_once(groups, message):
