@@ -19,8 +19,8 @@ from test_engine import TWO_PROCESSES
 from test_hub import target
 
 from hotdog_hf.data import transforms
-from hotdog_hf.data.images import read_photo
-from hotdog_hf.data.splits import Photos, decode_image, load_photos
+from hotdog_hf.data.images import decode_image, read_photo
+from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import ClassificationReport
 from hotdog_hf.model import network, saved
