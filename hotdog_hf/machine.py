@@ -28,8 +28,17 @@ def cpu_has_bf16() -> bool:
 
 
 def cache_dir() -> Path:
-    """Return `~/.cache/hotdog_hf`, or the same below `XDG_CACHE_HOME`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotdog_hf"
+    """Return `~/.cache/hotdog_hf`, or the same below `XDG_CACHE_HOME`.
+
+    A user without a home, as with `docker run --user`, gets a folder that cannot be made: caches save time,
+    nothing else, and one in a folder of everybody's could be anybody's.
+    """
+    if cache_home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache_home) / "hotdog_hf"
+    try:
+        return Path.home() / ".cache" / "hotdog_hf"
+    except RuntimeError:
+        return Path(os.devnull) / "hotdog_hf"
 
 
 def keep_freed_memory() -> None:

@@ -1,10 +1,14 @@
 import json
+import tracemalloc
+from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from hotdog_hf.metrics import ClassificationReport, quality
+from hotdog_hf import machine, metrics
+from hotdog_hf.metrics import ClassificationReport, class_scores, quality
 
 
 def random_case(classes, count=101):
@@ -61,6 +65,60 @@ def test_a_class_that_is_never_predicted_gives_zero_and_plain_json():
     values = report.compute(predictions=scores, references=[0, 1, 1])
     assert (values["precision"], values["recall"], values["f1"]) == (0, 0, 0)
     json.dumps(values, allow_nan=False)
+
+
+@pytest.mark.parametrize("table_size", [4_000_000, 10], ids=["at once", "in portions"])
+def test_areas_are_scikit_learns_also_with_ties_and_weights(monkeypatch, table_size):
+    monkeypatch.setattr(metrics, "AREA_TABLE", table_size)
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 3, 90)
+    scores = rng.integers(1, 6, (90, 3)) / 10 + 0.1 * np.eye(3)[labels]
+    weights = rng.integers(0, 3, (90, 7)).astype(np.float32)
+    for samples in (None, weights):
+        columns = class_scores(scores, labels, samples)
+        for index in range(3):
+            for number, weight in enumerate(np.ones((1, 90)) if samples is None else samples.T):
+                truth, score = labels == index, scores[:, index]
+                areas = [columns[name][index, number] for name in ("roc_auc", "average_precision")]
+                assert areas == pytest.approx(
+                    [
+                        sk.roc_auc_score(truth, score, sample_weight=weight),
+                        sk.average_precision_score(truth, score, sample_weight=weight),
+                    ],
+                    abs=1e-12,
+                )
+    alone = class_scores(scores, labels, weights, only=1)
+    assert all(np.array_equal(column[0], columns[name][1]) for name, column in alone.items())
+
+
+def test_many_classes_take_little_more_memory_than_their_probabilities():
+    scores, labels = random_case(500, 1500)
+    report = ClassificationReport([str(index) for index in range(500)])
+    tracemalloc.start()
+    report.compute(predictions=scores.astype(np.float32), references=labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * scores.nbytes  # as Python objects they take 6 times as much
+
+
+def test_nothing_is_written_to_a_home_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "file/cache"))
+    scores, labels = random_case(2)
+    report = ClassificationReport(["a", "b"])
+    report.add_batch(predictions=scores, references=labels)
+    assert report.compute() == report.compute(predictions=scores, references=labels)
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(OSError):
+        machine.cache_dir().mkdir(parents=True, exist_ok=True)
 
 
 def test_batches_add_up():

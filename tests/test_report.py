@@ -158,6 +158,17 @@ def test_intervals_narrow_with_more_photos_and_repeat():
     assert summarise(*guesses(50), ["a", "b"], "a")["values"] == few
 
 
+@pytest.mark.parametrize(("classes", "photos"), [(40, 1), (100, 2)])
+def test_many_classes_of_few_photos_each_have_intervals(tmp_path, classes, photos):
+    names = [f"class {index}" for index in range(classes)]
+    write(tmp_path / "report", names, count=classes * photos)
+    values = json.loads((tmp_path / "report/metrics.json").read_text())["values"]
+    for name in ("macro_precision", "macro_recall", "macro_roc_auc", "macro_average_precision"):
+        # No resample has photos of all classes: those that are missing do not count.
+        assert 0 < values[name]["low"] < values[name]["high"] <= 1
+        assert values[name]["low"] < values[name]["value"], name
+
+
 def test_a_resample_without_a_class_is_left_out_of_its_area():
     rows, labels = np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]), np.array([0, 1, 1])
     values = summarise(rows, labels, ["a", "b"], "a")["values"]

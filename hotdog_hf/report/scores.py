@@ -6,10 +6,12 @@ import numpy as np
 from sklearn import metrics as sk
 
 from hotdog_hf.errors import UserError
-from hotdog_hf.metrics import ClassificationReport
+from hotdog_hf.metrics import ClassificationReport, class_scores, sum_by
 
 CALIBRATION_BINS = 15
 RESAMPLES = 1000
+# Photos times resamples that are weighed at a time, 4 bytes each.
+MAX_WEIGHTS = 10_000_000
 
 
 def label_order(data_names: Sequence[str], label_names: Sequence[str]) -> np.ndarray:
@@ -33,21 +35,25 @@ def summarise(
     confusion = known.pop("confusion_matrix")
     positive = None if positive_label is None else label_names.index(positive_label)
     scores = normalise_rows(probabilities)
-    ones = np.ones((1, len(labels)))
+    ones = np.ones((1, len(labels)), np.float32)
     values = {name: float(value[0]) for name, value in _weighted(scores, labels, ones, positive).items()}
     rng, draws = np.random.default_rng(0), []
-    for _ in range(0, RESAMPLES, 100):  # in portions: a resample is a weight for every photo
-        drawn = rng.integers(0, len(labels), (100, len(labels)))
-        weights = np.stack([np.bincount(row, minlength=len(labels)) for row in drawn])
+    portion = max(min(MAX_WEIGHTS // len(labels), RESAMPLES), 1)
+    for start in range(0, RESAMPLES, portion):
+        weights = np.empty((min(portion, RESAMPLES - start), len(labels)), np.float32)
+        for row in weights:  # a resample is a weight for every photo
+            row[:] = np.bincount(rng.integers(0, len(labels), len(labels)), minlength=len(labels))
         draws.append(_weighted(scores, labels, weights, positive))
     intervals = {}
     for name, value in (values | known).items():
         # A resample without any photo of a class has no ROC-AUC of it.
         low, high = np.nanquantile(np.concatenate([draw[name] for draw in draws]), (0.025, 0.975))
         intervals[name] = {"value": value, "low": float(low), "high": float(high)}
-    chosen = scores.argmax(axis=1)
-    classes = [_one_class(labels == i, chosen == i, scores[:, i], ones) for i in range(len(label_names))]
-    by_class = [{name: float(value[0]) for name, value in column.items()} for column in classes]
+    columns = class_scores(scores, labels)
+    by_class = [
+        {name: float(column[index, 0]) for name, column in columns.items()}
+        for index in range(len(label_names))
+    ]
     return {
         "photos": len(labels),
         "values": intervals,
@@ -65,53 +71,39 @@ def normalise_rows(probabilities: np.ndarray) -> np.ndarray:
 def _weighted(
     scores: np.ndarray, labels: np.ndarray, weights: np.ndarray, positive: int | None
 ) -> dict[str, np.ndarray]:
-    """Return every number for each row of `weights` [R, N] at once: how often a photo counts."""
-    chosen, every = scores.argmax(axis=1), range(scores.shape[1])
-    truth, total = np.eye(len(every))[labels], weights.sum(axis=1)
-    tiny = np.finfo(np.float64).eps  # where scikit-learn's log-loss cuts off too
-    squares = ((scores - truth) ** 2).sum(axis=1)
+    """Return every number, [R], for each row of `weights`, float32 [R, N], at once: how often a photo counts.
+
+    Means over classes are over those with a photo that counts: with few photos of many classes no resample
+    has them all.
+    """
+    chosen, classes = scores.argmax(axis=1), scores.shape[1]
+    tiny = np.finfo(np.float64).eps  # scikit-learn's log-loss cuts off there too
+    true_score = scores[np.arange(len(labels)), labels]
+    squares = np.maximum(np.einsum("nc,nc->n", scores, scores) - 2 * true_score + 1, 0)
     bins, gaps = confidence_bins(scores), (chosen == labels) - scores.max(axis=1)
-    in_bins = weights @ (gaps[:, None] * (bins[:, None] == np.arange(CALIBRATION_BINS)))
+    by_photo = [chosen == labels, -np.log(true_score.clip(tiny, 1 - tiny))]
+    # Of two classes the square of one class alone, as is usual (and scikit-learn's).
+    by_photo += [squares / 2 if classes == 2 else squares]
+    by_photo += [gaps * (bins == index) for index in range(CALIBRATION_BINS)]
+    accuracy, loss, brier, *in_bins = (
+        weights @ np.stack(by_photo, axis=1) / weights.sum(axis=1, keepdims=True)
+    ).T
     values = {
-        "accuracy": weights @ (chosen == labels) / total,
-        "loss": weights @ -np.log((scores * truth).sum(axis=1).clip(tiny, 1 - tiny)) / total,
-        # Of two classes the square of one class alone, as is usual (and scikit-learn's).
-        "brier": weights @ (squares / 2 if len(every) == 2 else squares) / total,
-        "calibration_error": np.abs(in_bins).sum(axis=1) / total,
+        "accuracy": accuracy,
+        "loss": loss,
+        "brier": brier,
+        "calibration_error": np.abs(in_bins).sum(axis=0),
     }
-    macro = positive is None or len(every) > 2
-    columns = {
-        index: _one_class(labels == index, chosen == index, scores[:, index], weights)
-        for index in (every if macro else [positive])
-    }
+    macro = positive is None or classes > 2
+    by_resample = np.ascontiguousarray(weights.T)
+    columns = class_scores(scores, labels, by_resample, None if macro else positive)
     if positive is not None:
-        values |= columns[positive]
+        values |= {name: column[positive if macro else 0] for name, column in columns.items()}
     if macro:
-        for name in columns[0]:
-            values[f"macro_{name}"] = np.mean([column[name] for column in columns.values()], axis=0)
+        counts = sum_by(labels, classes, by_resample) > 0
+        for name, column in columns.items():
+            values[f"macro_{name}"] = np.where(counts, column, 0).sum(axis=0) / counts.sum(axis=0)
     return values
-
-
-def _one_class(
-    truth: np.ndarray, chosen: np.ndarray, score: np.ndarray, weights: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Return one class's numbers against the rest; NaN for an area where no photo of either kind counts."""
-    order = np.argsort(-score, kind="stable")
-    ends = np.flatnonzero(np.diff(score[order], append=-np.inf))  # equal scores are passed in one step
-    hits = np.cumsum(weights[:, order] * truth[order], axis=1)[:, ends]
-    alarms = np.cumsum(weights[:, order] * ~truth[order], axis=1)[:, ends]
-    right, said, there = weights @ (truth & chosen), weights @ chosen, weights @ truth
-    with np.errstate(divide="ignore", invalid="ignore"):
-        recalls = np.hstack([np.zeros((len(weights), 1)), hits / hits[:, -1:]])
-        false_rates = np.hstack([np.zeros((len(weights), 1)), alarms / alarms[:, -1:]])
-        precisions = np.where(hits > 0, hits / (hits + alarms), 0)
-    return {
-        "precision": right / np.maximum(said, 1),
-        "recall": right / np.maximum(there, 1),
-        "f1": 2 * right / np.maximum(said + there, 1),
-        "roc_auc": (np.diff(false_rates) * (recalls[:, 1:] + recalls[:, :-1]) / 2).sum(axis=1),
-        "average_precision": (np.diff(recalls) * precisions).sum(axis=1),
-    }
 
 
 def confidence_bins(scores: np.ndarray) -> np.ndarray:
