@@ -18,7 +18,7 @@ from test_hub import target
 from hotdog_hf import config
 from hotdog_hf.data import stream
 from hotdog_hf.data.splits import load_photos
-from hotdog_hf.model import predictor, saved
+from hotdog_hf.model import saved
 
 PAGES = [
     "README.md",
@@ -176,7 +176,6 @@ def test_the_other_commands_work_one_after_the_other(photos_dir, tiny_weights, t
     assert set(server.repos) == {("model", "user/name"), ("dataset", "user/photos")}
 
 
-@pytest.mark.skipif("__call__" not in vars(predictor.Predictor), reason="not built yet")
 def test_the_python_snippet_runs(photos_dir, tmp_path, monkeypatch, capsys):
     lay_out(tmp_path, photos_dir)
     monkeypatch.chdir(tmp_path)
