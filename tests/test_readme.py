@@ -1,6 +1,5 @@
 """Every command and snippet of the pages is run here, on a tiny model, or listed with the reason why not."""
 
-import dataclasses
 import importlib
 import re
 import shlex
@@ -109,12 +108,8 @@ def test_commands_that_are_not_run_are_understood(command, monkeypatch):
             assert config.parse_train_config(flags)
         return
     module = importlib.import_module(Path(script).stem)
-    [flags_class] = [
-        value
-        for name, value in vars(module).items()
-        if name.endswith("Config") and dataclasses.is_dataclass(value) and value.__module__ == module.__name__
-    ]
-    assert tyro.cli(flags_class, args=flags)
+    flags_class = re.search(r"tyro\.cli\((\w+)\)", Path(module.__file__).read_text(encoding="utf-8"))[1]
+    assert tyro.cli(getattr(module, flags_class), args=flags)
 
 
 def reason_of(command):
