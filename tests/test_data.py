@@ -1,16 +1,20 @@
 import shutil
+import types
 
 import datasets
 import numpy as np
 import pytest
 import torch
 import torchvision
+from accelerate import Accelerator
 from conftest import draw_photos
 from PIL import Image
 
+from hotdog_hf.config import OptimConfig
 from hotdog_hf.data import images, loaders, transforms
 from hotdog_hf.data.splits import Photos, describe, load_photos, resolve_positive, sample_photos
 from hotdog_hf.errors import UserError
+from hotdog_hf.training import engine
 
 CHAPTER_CONFIG = {
     "input_size": (3, 224, 224),
@@ -218,13 +222,20 @@ def test_every_epoch_has_an_order_of_its_own():
     assert orders[0] == orders[2] != orders[1]
 
 
-def test_the_padding_photo_is_left_out_of_the_loss(dataset):
-    padded = dataset[1, loaders.PhotoDataset.PADDING]
-    logits = torch.randn(1, 2)
-    loss = torch.nn.functional.cross_entropy(
-        logits, torch.tensor([padded["labels"]]), reduction="sum", ignore_index=loaders.IGNORED_LABEL
-    )
-    assert loss == 0
+def test_the_padding_photo_changes_no_gradient_and_is_not_counted(dataset):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+    accelerator, config = Accelerator(cpu=True), OptimConfig(label_smoothing=0.1)
+    found = []
+    for indices in ([2, 3], [2, 3, loaders.PhotoDataset.PADDING]):
+        batch = torch.utils.data.default_collate([dataset[1, index] for index in indices])
+        state = types.SimpleNamespace(model=net, totals=torch.zeros(3))
+        loss = engine.forward_backward(accelerator, state, dataset, batch, 2, config)
+        found.append([loss, state.totals, *(parameter.grad.clone() for parameter in net.parameters())])
+        net.zero_grad()
+    for ours, padded in zip(*found, strict=True):
+        torch.testing.assert_close(ours, padded)
+    assert found[1][1][2] == 2
 
 
 def test_the_showcase_is_the_chapters(folder):

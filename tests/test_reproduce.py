@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import importlib
 import io
+import os
 import re
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from conftest import ROOT, TINY_MODEL, draw_photos, run
 from hotdog_hf.config import RECIPES, parse_train_config
 from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.study import plan
-from hotdog_hf.study.page import PICTURES, answers
+from hotdog_hf.study.page import PICTURES, answers, write_study
 from hotdog_hf.study.plan import ARMS, VARIANTS, override, runs_of
 from hotdog_hf.study.results import (
     Result,
@@ -130,10 +131,15 @@ def test_other_photos_or_knobs_are_another_run(studied, photos):
     assert folder == moved.folder(ROOT, {"a.png": [1, 2]}, 1)
 
 
-def test_a_stopped_study_says_so_and_goes_on(command, tmp_path):
-    words = [sys.executable, *map(str, command), "--only", "finetune", "--seeds", "2", "--epochs", "40"]
-    words += ["--output-dir", str(tmp_path / "study")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_stopped_study_says_so_and_resumes(command, tmp_path):
+    words = [*command, "--only", "finetune", "--seeds", 1, "--epochs", 15, "--output-dir", tmp_path / "study"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("epoch 1"):
             process.send_signal(signal.SIGTERM)
@@ -141,6 +147,29 @@ def test_a_stopped_study_says_so_and_goes_on(command, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
     assert "stopped in epoch" in out and "Traceback" not in err
+    resumed = run("python", *words)
+    assert resumed.returncode == 0, resumed.stderr
+    [line] = results_of(tmp_path / "study")
+    assert f"resumed from {tmp_path}/study/{line['folder']}" in resumed.stdout
+    assert "epoch 1:" not in resumed.stdout and "epoch 15:" in resumed.stdout
+
+
+def test_a_study_survives_runs_that_diverged(tmp_path):
+    same = predictions(tmp_path / "a", [1, 0]).folder
+    finetune, scratch = (runs_of(arm, 2, {}) for arm in ("finetune", "scratch"))
+    results = [Result(finetune[0], tmp_path / "diverged", []), fake(finetune[1], 0.8, folder=same)]
+    results += [fake(run_, 0.7, folder=same) for run_ in scratch]
+    row = summarise(results, "scratch")
+    assert row["difference"] == pytest.approx(-0.1) and row["mcnemar"]["p"] == 1
+    grid = runs_of("grid", 1, {})
+    whole = [fake(run_, 0.5, validation=0.5, folder=same) for run_ in grid if "grid-scratch" in run_.name]
+    broken = [Result(run_, tmp_path / "diverged", []) for run_ in grid if "grid-finetune" in run_.name]
+    assert tuned(broken + whole, "finetune") is None
+    chosen = tuned(broken + whole, "scratch")
+    for diverged in (Result(chosen, tmp_path / "tuned", []), fake(chosen, 0.6, folder=same)):
+        facts = dict.fromkeys(("command", "counts_table", "hardware", "versions"), "") | {"missing": 0}
+        write_study(tmp_path, [*broken, *whole, diverged], None, facts)
+        assert "## Exercise 2" in (tmp_path / "README.md").read_text()
 
 
 def test_a_rate_at_which_the_loss_breaks_is_an_answer(tmp_path):
@@ -236,6 +265,12 @@ def test_the_source_alone_is_judged_by_a_threshold_from_train():
     answer = zero_shot(seen, head, source_class=0, positive=0)
     assert answer["threshold"] == pytest.approx(1 / (1 + np.exp(-1.0)))
     assert answer["accuracy"] == 0.75 and answer["roc_auc"] == 0.75
+    # As many thresholds as photos: tried one by one they would take a minute.
+    many = np.random.default_rng(0).normal(size=50_000).astype(np.float32)
+    seen["train"] = Seen(many, (many < 0.3).astype(int))
+    assert zero_shot(seen, head, source_class=0, positive=0)["threshold"] == pytest.approx(
+        1 / (1 + np.exp(-many[many >= 0.3].min())), abs=1e-4
+    )
 
 
 def test_what_is_no_experiment_is_refused():

@@ -324,6 +324,13 @@ def test_other_photos_are_not_gone_on_with(photos_dir, tmp_path, change, message
         check_same_run(before, now, anyway=True)
 
 
+def test_a_validation_split_cut_by_an_older_rule_is_not_resumed():
+    before = {"config": {}, "num_processes": 1, "precision": "no", "photos": {}}
+    check_same_run(before, before | {"cut_by_content": False}, anyway=False)
+    with pytest.raises(UserError, match="cut off by another rule: train has copies"):
+        check_same_run(before, before | {"cut_by_content": True}, anyway=True)
+
+
 def test_another_precision_is_not_gone_on_with():
     before = {"config": {}, "num_processes": 1, "precision": "fp16", "photos": {}}
     with pytest.raises(UserError, match="the precision was fp16, is no"):

@@ -1,5 +1,11 @@
 """Photos ready to be used: fetched or drawn where they are the project's own, checked, loaded."""
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -7,8 +13,25 @@ from hotdog_hf.config import DEFAULT_DATA_DIR, SAMPLE_DATA_DIR, DataConfig
 from hotdog_hf.data import check, stream
 from hotdog_hf.data.download import download_photos
 from hotdog_hf.data.sample import draw_sample
-from hotdog_hf.data.splits import HUB_DATA_PREFIX, Photos, describe, load_photos
+from hotdog_hf.data.splits import (
+    HUB_DATA_PREFIX,
+    Photos,
+    cut_validation,
+    describe,
+    load_splits,
+    photos_to_hold_back,
+)
 from hotdog_hf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one process of a machine has found out about the photos, for the others there."""
+
+    summary: str
+    skipped: Sequence[Path] = ()
+    # The rows of train to validate on; None if they are scikit-learn's choice, or if none are cut off.
+    held_back: np.ndarray | None = None
 
 
 def open_photos(config: DataConfig, seed: int, accelerator: Accelerator) -> Photos:
@@ -17,28 +40,40 @@ def open_photos(config: DataConfig, seed: int, accelerator: Accelerator) -> Phot
     Prints what the check found and a table of the counts. Raises `UserError` for what would be no data set,
     and where machines have different photos.
     """
-    photos = fault = None
-    # The machine's other processes find its answers in the cache.
-    with accelerator.local_main_process_first():
-        try:
-            photos, summary = _read(config, seed, progress=accelerator.is_main_process)
-        except UserError as error:
-            fault = str(error)
+    photos = found = fault = None
+    if accelerator.is_local_main_process:
+        photos, found, fault = _try_read(config, seed, accelerator.is_main_process, None)
     if accelerator.num_processes > 1:
+        # The machine's other processes wait for its answers, and use them.
+        answers = gather_object([(found, fault)])
+        if not accelerator.is_local_main_process:
+            found, failed = answers[accelerator.process_index - accelerator.local_process_index]
+            if not failed:
+                photos, found, fault = _try_read(config, seed, False, found)
         # All processes end on a fault of one, so that none waits for it.
-        found = gather_object([(fault, photos.digest() if photos else None)])
-        fault = next((fault for fault, _ in found if fault), None)
-        other = next((rank for rank, (_, other) in enumerate(found) if other != found[0][1]), None)
+        digests = gather_object([(fault, photos.digest() if photos else None)])
+        fault = next((fault for fault, _ in digests if fault), None)
+        other = next((rank for rank, (_, other) in enumerate(digests) if other != digests[0][1]), None)
         if other and not fault:
             fault = f"process {other} finds other photos in {config.data_dir} than process 0: copy them anew"
     if fault:
         raise UserError(fault)
-    accelerator.print(summary)
+    accelerator.print(found.summary)
     accelerator.print(describe(photos.counts()))
     return photos
 
 
-def _read(config: DataConfig, seed: int, progress: bool) -> tuple[Photos, str]:
+def _try_read(
+    config: DataConfig, seed: int, progress: bool, found: Found | None
+) -> tuple[Photos | None, Found | None, str | None]:
+    """Return the photos and what was found out about them, or the fault in a sentence."""
+    try:
+        return *_read(config, seed, progress, found), None
+    except UserError as error:
+        return None, None, str(error)
+
+
+def _read(config: DataConfig, seed: int, progress: bool, found: Found | None) -> tuple[Photos, Found]:
     if config.streaming:
         splits = stream.open_stream(config.data_dir, progress)
         train = splits["train"]
@@ -49,13 +84,26 @@ def _read(config: DataConfig, seed: int, progress: bool) -> tuple[Photos, str]:
                 f" {config.shuffle_buffer} photos are mixed at a time: write them in a shuffled order"
                 " (scripts/shard.py), or raise --shuffle-buffer"
             )
-        return Photos(splits, config.data_dir), summary
-    skipped, summary = [], "photos of the Hub are not checked"
+        return Photos(splits, config.data_dir), Found(summary)
+    is_first = found is None
+    if is_first:
+        found = _check(config, progress)
+    splits = load_splits(config.data_dir, frozenset(found.skipped))
+    cut = config.val_fraction and "validation" not in splits
+    if cut and is_first:
+        held_back = photos_to_hold_back(splits, config.val_fraction, seed, progress)
+        found = dataclasses.replace(found, held_back=held_back)
+    if cut:
+        splits = cut_validation(splits, config.val_fraction, seed, found.held_back)
+    return Photos(splits, config.data_dir, found.skipped, found.held_back is not None), found
+
+
+def _check(config: DataConfig, progress: bool) -> Found:
     if config.data_dir == DEFAULT_DATA_DIR:
         download_photos(config.data_dir)
     elif config.data_dir == SAMPLE_DATA_DIR:
         draw_sample(config.data_dir)
-    if not config.data_dir.startswith(HUB_DATA_PREFIX):
-        skipped, summary = check.files_to_skip(config.data_dir, config.bad_images, progress=progress)
-    splits = load_photos(config.data_dir, config.val_fraction, seed, skip=frozenset(skipped))
-    return Photos(splits, config.data_dir, skipped), summary
+    if config.data_dir.startswith(HUB_DATA_PREFIX):
+        return Found("photos of the Hub are not checked")
+    skipped, summary = check.files_to_skip(config.data_dir, config.bad_images, progress=progress)
+    return Found(summary, skipped)

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hotdog_hf.data.folder import SPLIT_FOLDERS, find_photos
+from hotdog_hf.data.groups import content_groups, hold_back
 from hotdog_hf.data.images import read_photo
 from hotdog_hf.errors import UserError
 from hotdog_hf.hub import hub_errors
@@ -50,6 +51,8 @@ class Photos:
     splits: Mapping[str, datasets.Dataset | StreamedSplit]
     data_dir: str | os.PathLike
     skipped: Sequence[Path] = ()
+    # Whether the validation split was cut from a train split with copies, which were kept together.
+    cut_by_content: bool = False
 
     @property
     def label_names(self) -> list[str]:
@@ -113,14 +116,51 @@ def load_photos(
 ) -> datasets.DatasetDict:
     """Load a data folder, or `hf://datasets/user/name`, as a DatasetDict of `image` (undecoded) and `label`.
 
-    The files in `skip` are left out; `val_fraction` of train becomes a stratified `validation` split where
-    there is none. Raises `UserError` for what is not in the expected form.
+    The files in `skip` are left out. If there is no `validation` split, `val_fraction` of train becomes one,
+    see `cut_validation`. Raises `UserError` for what is not in the expected form.
     """
+    splits = load_splits(data_dir, skip)
+    if val_fraction and "validation" not in splits:
+        splits = cut_validation(splits, val_fraction, seed, photos_to_hold_back(splits, val_fraction, seed))
+    return splits
+
+
+def load_splits(data_dir: str | os.PathLike, skip: Collection[Path] = ()) -> datasets.DatasetDict:
+    """Load the splits that are there, as `load_photos` does."""
     name = str(data_dir)
     is_hub_data = name.startswith(HUB_DATA_PREFIX)
     splits = _read_hub(name.removeprefix(HUB_DATA_PREFIX)) if is_hub_data else _read_folder(name, skip)
-    if val_fraction and "validation" not in splits:
-        splits |= _cut_validation(splits, val_fraction, seed)
+    return _in_order(splits)
+
+
+def photos_to_hold_back(
+    splits: datasets.DatasetDict, fraction: float, seed: int, progress: bool = False
+) -> np.ndarray | None:
+    """Return the rows of train to validate on, if train has copies or near duplicates to keep together."""
+    train = splits["train"]
+    groups = content_groups(train, progress=progress)
+    try:
+        return hold_back(np.asarray(train["label"][:]), groups, fraction, seed)
+    except ValueError as error:
+        raise UserError(f"--val-fraction {fraction}: {error}; make a validation/ folder yourself") from error
+
+
+def cut_validation(
+    splits: datasets.DatasetDict, fraction: float, seed: int, held_back: np.ndarray | None
+) -> datasets.DatasetDict:
+    """Move the rows `held_back` of train to a validation split; None leaves the choice to scikit-learn."""
+    train = splits["train"]
+    if held_back is not None:
+        kept = np.setdiff1d(np.arange(len(train)), held_back)
+        return _in_order({**splits, "train": train.select(kept), "validation": train.select(held_back)})
+    try:
+        cut = train.train_test_split(fraction, stratify_by_column="label", seed=seed)
+    except ValueError as error:  # scikit-learn's own rule: at least one photo of every class on each side
+        raise UserError(f"--val-fraction {fraction} of {len(train)} photos: {error}") from error
+    return _in_order({**splits, "train": cut["train"], "validation": cut["test"]})
+
+
+def _in_order(splits: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:
     return datasets.DatasetDict({name: splits[name] for name in SPLIT_FOLDERS if name in splits})
 
 
@@ -189,16 +229,6 @@ def select_image_and_label(
     # A stream's columns cannot be renamed to what they are called.
     rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
     return rows.cast_column("image", datasets.Image(decode=False))
-
-
-def _cut_validation(
-    splits: dict[str, datasets.Dataset], fraction: float, seed: int
-) -> dict[str, datasets.Dataset]:
-    try:
-        cut = splits["train"].train_test_split(fraction, stratify_by_column="label", seed=seed)
-    except ValueError as error:  # scikit-learn's own rule: at least one photo of every class on each side
-        raise UserError(f"--val-fraction {fraction} of {len(splits['train'])} photos: {error}") from error
-    return {"train": cut["train"], "validation": cut["test"]}
 
 
 def describe(counts: dict[str, dict[str, int]]) -> str:

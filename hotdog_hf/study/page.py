@@ -34,7 +34,7 @@ def answers(rows: dict[str, dict], results: list[Result], zero: dict | None) -> 
     rates = [result for result in results if result.run.experiment == "rates"]
     if rates:
         said.append(("Exercise 1: what if the learning rate keeps rising?", _rates_answer(rates)))
-    chosen = {result.run.name: result for result in results if result.run.name.startswith("tuned-")}
+    chosen = {result.run.name: result for result in _tuned(results)}
     if len(chosen) == 2:
         pretrained, scratch = chosen["tuned-finetune"], chosen["tuned-scratch"]
         said.append(
@@ -71,6 +71,11 @@ def answers(rows: dict[str, dict], results: list[Result], zero: dict | None) -> 
             )
         )
     return said
+
+
+def _tuned(results: list[Result]) -> list[Result]:
+    """Return the runs that a grid chose, without those that diverged on all of train."""
+    return [result for result in results if result.run.name.startswith("tuned-") and not result.diverged]
 
 
 def _percent(row: dict) -> str:
@@ -140,7 +145,7 @@ def write_study(study_dir: Path, results: list[Result], zero: dict | None, facts
         zero=zero,
         rates=rates_table(results),
         grid=choices_table(results, "grid"),
-        tuned=[result for result in results if result.run.name.startswith("tuned-")],
+        tuned=_tuned(results),
         variants=choices_table(results, "variants"),
         choice_fraction=CHOICE_FRACTION,
         minutes=round(sum(result.rows[-1]["seconds"] for result in results if result.rows) / 60),

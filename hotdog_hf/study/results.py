@@ -50,9 +50,14 @@ class Result:
         return max(epochs, key=lambda scores: quality(scores, start))
 
 
-def tuned(grid: list[Result], arm: str) -> Run:
-    """Return the run on all of train with the rate and decay of the grid's best validation score."""
+def tuned(grid: list[Result], arm: str) -> Run | None:
+    """Return the run on all of train with the rate and decay of the grid's best validation score.
+
+    None if all runs of the grid diverged.
+    """
     candidates = [result for result in grid if f"grid-{arm}-" in result.run.name and not result.diverged]
+    if not candidates:
+        return None
     best = max(candidates, key=lambda result: quality(result.validation)).run
     config = override(best.config, val_fraction=0.0)
     return Run("tuned", f"tuned-{arm}", best.seed, config)
@@ -90,11 +95,12 @@ def summarise(results: list[Result], arm: str) -> dict | None:
     if not by_seed or any(result.diverged for result in by_seed.values()):
         return None
     accuracies = [result.test["accuracy"] for result in by_seed.values()]
-    paired = [
-        result.test["accuracy"] - reference[seed].test["accuracy"]
+    pairs = [
+        (result, reference[seed])
         for seed, result in by_seed.items()
         if arm != "finetune" and seed in reference and not reference[seed].diverged
     ]
+    paired = [result.test["accuracy"] - other.test["accuracy"] for result, other in pairs]
     first = next(iter(by_seed.values()))
     start = first.rows[0]
     return {
@@ -106,7 +112,7 @@ def summarise(results: list[Result], arm: str) -> dict | None:
         "interval": interval(accuracies),
         "difference": float(np.mean(paired)) if paired else None,
         "difference_interval": interval(paired),
-        "mcnemar": mcnemar(first, reference[first.run.seed]) if paired else None,
+        "mcnemar": mcnemar(*pairs[0]) if pairs else None,
         "before": start.get("test_accuracy") if start["epoch"] == 0 else None,
         "seconds": float(np.median([result.rows[-1]["seconds"] for result in by_seed.values()])),
         "command": command_of(first.run.config),
@@ -131,8 +137,8 @@ def zero_shot(
 ) -> dict:
     """Judge "is the source's own class likely" before any training: accuracy and ROC-AUC on test.
 
-    `seen` has the features of train and test; the probability from which on the answer is yes is the one that
-    is right most often on train.
+    `split_features` has the features of train and test. The answer is yes from the probability on that is
+    right most often on train.
     """
     with torch.no_grad():
         head = source_head.cpu()
@@ -142,7 +148,9 @@ def zero_shot(
         }
     truth = {split: s.labels == positive for split, s in split_features.items()}
     candidates = np.unique(scores["train"])
-    right = [((scores["train"] >= candidate) == truth["train"]).mean() for candidate in candidates]
+    yes, no = (np.sort(scores["train"][answer]) for answer in (truth["train"], ~truth["train"]))
+    # From each candidate on: the photos of the class that lie there, and the others that lie below.
+    right = len(yes) - np.searchsorted(yes, candidates) + np.searchsorted(no, candidates)
     threshold = float(candidates[int(np.argmax(right))])
     return {
         "threshold": threshold,

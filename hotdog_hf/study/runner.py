@@ -133,7 +133,8 @@ def train_missing(study: Study, accelerator: Accelerator, stop: launch.StopSigna
         study.results.append(result)
         # What a grid chooses is trained once all of the grid is there.
         if run.experiment == "grid" and not any(left.experiment == "grid" for left in study.queue):
-            study.queue += [tuned(study.results, arm) for arm in ("finetune", "scratch")]
+            chosen = [tuned(study.results, arm) for arm in ("finetune", "scratch")]
+            study.queue += [run for run in chosen if run]
     return None
 
 

@@ -67,6 +67,7 @@ def open_run(job: Job, stack: contextlib.ExitStack) -> Path:
         "num_processes": accelerator.num_processes,
         "precision": launch.precision_of(accelerator),
         "photos": job.photos.manifest(),
+        "cut_by_content": job.photos.cut_by_content,
     }
     found = launch.run_on_main(accelerator, lambda: _checkpoint_to_go_on_from(config, identity))
     run_dir = checkpoint.run_dir_of(found) if found else config.run.output_dir

@@ -33,6 +33,10 @@ def check_same_run(saved: dict, now: dict, anyway: bool) -> None:
     if (precision := saved.get("precision", now["precision"])) != now["precision"]:
         differences.append(f"the precision was {precision}, is {now['precision']}")
         refused = True
+    # Before there was such a cut, copies of a photo could be on both sides of it.
+    if saved.get("cut_by_content", False) != now.get("cut_by_content", False):
+        differences.append("the validation split was cut off by another rule: train has copies of photos")
+        refused = True
     photos, photos_now = saved["photos"], now["photos"]
     changed = sorted(
         name for name in photos.keys() | photos_now.keys() if photos.get(name) != photos_now.get(name)

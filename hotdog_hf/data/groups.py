@@ -1,0 +1,79 @@
+"""Which photos belong together: copies and near duplicates, which no cut of a data set may separate."""
+
+import collections
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import imagehash
+import numpy as np
+
+from hotdog_hf.data import check
+from hotdog_hf.data.images import decode_image
+from hotdog_hf.data.similar import similar_groups
+from hotdog_hf.errors import UserError
+from hotdog_hf.machine import allowed_cores
+
+# Rows that are in memory at a time: those of the Hub hold whole files.
+BATCH = 256
+
+
+def content_groups(rows: datasets.Dataset, *, progress: bool = False) -> np.ndarray:
+    """Return the group of each photo, int64 [N], by what the photos show.
+
+    Exact copies and near duplicates, as `scripts/check_data.py` finds them, have the same number, whatever
+    their labels. `sklearn.model_selection.StratifiedGroupKFold` takes these as its groups. Files that were
+    checked before are not read again; photos of the Hub are decoded.
+    """
+    batches = (rows[start : start + BATCH]["image"] for start in range(0, len(rows), BATCH))
+    if rows[0]["image"]["bytes"] is None:
+        paths = [Path(image["path"]) for batch in batches for image in batch]
+        records = check.inspect_files(paths, cache_file=check.default_cache_file(), progress=progress)
+        hashes = [records[path].phash for path in paths]
+    else:
+        with ThreadPoolExecutor(allowed_cores()) as pool:
+            hashes = [text for batch in batches for text in pool.map(_hash_image, batch)]
+    known = np.array([bool(text) for text in hashes])
+    groups = np.empty(len(hashes), np.int64)
+    groups[known] = similar_groups(np.array([int(text, 16) for text in hashes if text], np.uint64))
+    # What cannot be read is like nothing else; training names it.
+    groups[~known] = len(hashes) + np.arange((~known).sum())
+    return groups
+
+
+def _hash_image(image: dict) -> str:
+    try:
+        return str(imagehash.phash(decode_image(image["path"] if image["bytes"] is None else image["bytes"])))
+    except UserError:
+        return ""
+
+
+def hold_back(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray | None:
+    """Return a share of each class to hold back, sorted indices, with every group on one side.
+
+    `labels` and `groups` are int64 [N]. Groups are taken in an order drawn from the seed, as long as they fit
+    into the shares of their classes; the shares are exact if there are enough single photos. None if every
+    group is a single photo, so that any stratified cut will do. Raises `ValueError` if a class has too few
+    groups for two sides.
+    """
+    sizes = np.bincount(groups)
+    if sizes.max() == 1:
+        return None
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
+    members = [group for group in members if len(group)]
+    by_class = [collections.Counter(labels[group].tolist()) for group in members]
+    counts = np.bincount(labels)
+    targets = np.clip((fraction * counts).round().astype(int), 1, np.maximum(counts - 1, 1))
+    left, chosen = dict(enumerate(targets.tolist())), set()
+    order = np.random.default_rng(seed).permutation(len(members)).tolist()
+    for number in order:
+        if all(count <= left[label] for label, count in by_class[number].items()):
+            chosen.add(number)
+            left.update({label: left[label] - count for label, count in by_class[number].items()})
+    # A class whose groups are all larger than its share: its smallest, if others are left to train on.
+    for label in [label for label, room in left.items() if room == targets[label] and counts[label]]:
+        own = sorted((n for n in order if label in by_class[n]), key=lambda n: len(members[n]))
+        if len(own) < 2:
+            raise ValueError(f"the {counts[label]} photos of class {label} are copies of one another")
+        chosen.add(own[0])
+    return np.sort(np.concatenate([members[number] for number in chosen]))
