@@ -1,14 +1,16 @@
 """No cut separates copies: content groups, and the validation split that is cut by them."""
 
 import collections
+import json
 import shutil
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from conftest import draw_photos
+from conftest import ROOT, draw_photos, run
 from PIL import Image
+from test_engine import TWO_PROCESSES
 
 from hotdog_hf.data import groups, splits
 from hotdog_hf.errors import UserError
@@ -100,3 +102,17 @@ def test_a_class_of_copies_alone_is_one_clear_error(tmp_path):
         shutil.copy(tmp_path / "train/a/000.png", tmp_path / f"train/a/copy{number}.png")
     with pytest.raises(UserError, match=r"--val-fraction 0\.25: the 4 photos of class 0 are copies"):
         splits.load_photos(tmp_path, 0.25)
+
+
+def test_one_process_checks_for_all_of_its_machine(half_twice, tmp_path):
+    (half_twice / "train/a/broken.png").write_bytes(b"no image")
+    # Nothing can be read back from a cache that cannot be written.
+    (tmp_path / "file").touch()
+    script = (ROOT / "tests/check_together.py", half_twice, tmp_path / "out")
+    done = run(*TWO_PROCESSES, *script, XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"out-{rank}").read_text()) for rank in (0, 1))
+    assert first[0] > 90 and second[0] == 0
+    assert first[1:] == second[1:] and len(first[1]) == 18
+    assert first[2] == [str(half_twice / "train/a/broken.png")]
+    assert first[3] >= 3600  # others wait for as long as the check takes

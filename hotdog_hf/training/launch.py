@@ -1,6 +1,7 @@
 """The processes of a run: the Accelerator, devices, threads, precision, trackers, signals to stop."""
 
 import contextlib
+import datetime
 import gc
 import importlib.util
 import itertools
@@ -16,7 +17,7 @@ import psutil
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch.optim.swa_utils import AveragedModel
 
 from hotdog_hf.errors import UserError
@@ -26,6 +27,8 @@ from hotdog_hf.training import sharding
 MAX_WORKERS = 8
 # On a CPU, one core in so many decodes; with fewer cores the loop decodes between the steps.
 CORES_A_WORKER = 16
+# How long processes wait for one that checks or downloads photos for all of them; NCCL's own is 10 minutes.
+PATIENCE = datetime.timedelta(hours=6)
 
 
 def build_accelerator(
@@ -70,6 +73,7 @@ def build_accelerator(
         cpu=on_cpu,  # without it, processes launched for a machine that has no GPU would not find each other
         mixed_precision="no" if precision == "tf32" else precision,
         fsdp_plugin=fsdp_plugin,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         log_with=None if tracker == "none" else tracker,
         project_dir=".",  # until the run's folder is known
     )
