@@ -244,7 +244,7 @@ def test_a_data_set_that_cannot_be_used_is_one_line(train, photos_dir, env, tmp_
         program = textwrap.dedent(
             f"""
             import datasets
-            from hotdog_hf.data import load_photos
+            from hotdog_hf.data.splits import load_photos
             load_photos({str(photos_dir)!r})["train"].push_to_hub({repo!r})
             """
         )
