@@ -1,5 +1,6 @@
 """What a frozen body sees: the features, their cache, and training on them instead of on the photos."""
 
+import contextlib
 import os
 import shutil
 
@@ -8,8 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import TINY_MODEL, network_inputs
+from faults import Faults, Killed
 from test_engine import TWO_PROCESSES
-from test_resume import assert_same_run, numbers_of, train_here
+from test_resume import numbers_of, train_here
 from test_scripts import metrics_of
 
 from hotdog_hf import machine
@@ -168,6 +170,43 @@ def test_features_larger_than_the_cache_are_not_kept(net, photo_set, cache, comp
     assert len(computed) == 2 and not cache.exists()
 
 
+@pytest.mark.parametrize("kind", ["kill", "fill_disk"])
+def test_a_fault_while_features_are_cached_costs_their_computation_at_most(
+    net, photo_set, cache, computed, monkeypatch, kind
+):
+    faults = Faults(monkeypatch)
+    with faults.before(None) as changes:
+        expected = features_of(net, photo_set).features
+    total = len(changes)
+    assert total >= 5, changes
+    for number in range(1, total + 1):
+        shutil.rmtree(cache)
+        with faults.before(number, getattr(faults, kind)), contextlib.suppress(Killed):
+            assert torch.equal(features_of(net, photo_set).features, expected)
+        assert torch.equal(features_of(net, photo_set).features, expected)
+        computed.clear()
+        assert torch.equal(features_of(net, photo_set).features, expected) and computed == []
+    print(f"{total} faults, as many equal features")
+
+
+def test_what_a_killed_process_left_in_the_cache_is_cleared_away_after_an_hour(net, photo_set, cache):
+    cache.mkdir(parents=True)
+    new, old = cache / "new.part", cache / "old.part"
+    new.touch()
+    old.touch()
+    os.utime(old, (1, 1))
+    features_of(net, photo_set)
+    assert new.exists() and not old.exists()
+
+
+@pytest.mark.parametrize("library", ["PIL", "torchvision", "timm", "torch"])
+def test_another_version_computes_features_again(net, photo_set, computed, monkeypatch, library):
+    features_of(net, photo_set)
+    monkeypatch.setattr(f"{library}.__version__", "0.0")
+    features_of(net, photo_set)
+    assert len(computed) == 2
+
+
 def test_without_a_place_for_the_cache_all_goes_on(net, photo_set, cache, computed):
     cache.parent.parent.write_text("a file where the folder should be")
     assert torch.equal(features_of(net, photo_set).features, features_of(net, photo_set).features)
@@ -201,11 +240,29 @@ def test_a_frozen_body_stays_as_it_was_to_the_bit(frozen_run, tiny_weights):
     assert last["train_loss"] < first["train_loss"], "the head learns"
 
 
-def test_cached_features_change_no_number(frozen_run, tiny_weights, photos_dir, tmp_path, computed):
-    flags = ("--recipe", "frozen", "--epochs", 3, "--no-cache-features")
-    train_here(tiny_weights, photos_dir, tmp_path / "run", *flags)
+def test_cached_features_change_numbers_by_rounding_alone(
+    frozen_run, tiny_weights, photos_dir, tmp_path, computed
+):
+    """Features come 32 photos at a time, a network trains on 8 and a last 1: other kernels, other sums.
+
+    For a single photo torch takes its own matrix product in the place of oneDNN's convolution; on an Intel
+    processor the two differ in the last digits, so that equal bits can't be promised.
+    """
+    run_dir = tmp_path / "run"
+    train_here(tiny_weights, photos_dir, run_dir, "--recipe", "frozen", "--epochs", 3, "--no-cache-features")
     assert computed == []
-    assert_same_run(tmp_path / "run", frozen_run)
+    for row, expected in zip(numbers_of(run_dir), numbers_of(frozen_run), strict=True):
+        assert row.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(row[name], value, rtol=0, atol=1e-5, err_msg=name)
+    ours, theirs = (
+        safetensors.torch.load_file(folder / "model/model.safetensors") for folder in (run_dir, frozen_run)
+    )
+    for name, value in theirs.items():
+        if name.startswith("fc."):
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5)
+        else:
+            assert torch.equal(ours[name], value), name
 
 
 @pytest.mark.parametrize(

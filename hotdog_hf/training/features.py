@@ -4,18 +4,21 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+import PIL
 import safetensors
 import safetensors.torch
+import timm
 import torch
+import torchvision
 from accelerate import Accelerator
 
 from hotdog_hf.data.loaders import FeatureDataset, PhotoDataset, eval_loader
 from hotdog_hf.data.splits import Photos
 from hotdog_hf.data.transforms import derive_seed, eval_transform, train_transform
+from hotdog_hf.files import replacing_file
 from hotdog_hf.machine import cache_dir
 from hotdog_hf.training import engine, launch
 
@@ -90,7 +93,9 @@ def pooled_features(
 def _key(net: torch.nn.Module, facts: object) -> str:
     """Hash the body's weights and all that else decides what the features are."""
     head = {id(parameter) for parameter in net.get_classifier().parameters()}
-    digest = hashlib.sha256(json.dumps([facts, torch.__version__], default=list).encode())
+    # What decodes, resizes and computes; another version may differ in the last digits, or by more.
+    versions = [library.__version__ for library in (PIL, torchvision, timm, torch)]
+    digest = hashlib.sha256(json.dumps([facts, versions], default=list).encode())
     for name, value in net.state_dict(keep_vars=True).items():
         if id(value) not in head:
             digest.update(name.encode())
@@ -110,13 +115,9 @@ def _read(file: Path) -> torch.Tensor | None:
 def _write(file: Path, features: torch.Tensor) -> None:
     if features.nbytes > MAX_CACHE_BYTES:
         return
-    part = file.with_name(f"{file.stem}.{secrets.token_hex(8)}.part")
     with contextlib.suppress(OSError, safetensors.SafetensorError):  # a full disk: it is computed again
-        file.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file({"features": features.contiguous()}, part)
-        part.replace(file)
+        with replacing_file(file) as part:
+            safetensors.torch.save_file({"features": features.contiguous()}, part)
         kept = sorted(file.parent.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
         while sum(path.stat().st_size for path in kept) > MAX_CACHE_BYTES:
             kept.pop(0).unlink()
-    with contextlib.suppress(OSError):
-        part.unlink()
