@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 
+from hotdog_hf.data.transforms import MEMORY_FORMAT
 from hotdog_hf.model import network
 from hotdog_hf.training import optim
 
@@ -112,7 +113,7 @@ def test_a_fused_step_is_the_same_step(kind, momentum):
     nets = []
     for fused in (False, True):
         torch.manual_seed(0)
-        net = timm.create_model("test_resnet", num_classes=2)
+        net = timm.create_model("test_resnet", num_classes=2).to(memory_format=MEMORY_FORMAT)
         groups = optim.parameter_groups(net, learning_rate=0.1, head_lr_mult=10, weight_decay=0.01)
         optimizer = optim.build_optimizer(groups, kind, momentum, fused=fused)
         # Left open if not fused: torch then takes a few kernels for all weights together on a GPU (foreach).

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_MODEL, run
+from faults import exit_code_in_fork
 from test_engine import TWO_PROCESSES
 
 from hotdog_hf.config import parse_train_config
@@ -258,15 +259,20 @@ def test_a_signal_stops_after_the_step_and_the_printed_command_goes_on(
     assert_same_run(run_dir, reference)
 
 
-def test_a_second_signal_stops_at_once(start, tmp_path):
-    process = start(tmp_path / "run", "--epochs", 100000, "--checkpoint-every", 100000)
-    assert wait_for(lambda: newest(tmp_path / "run"), process)
-    process.send_signal(signal.SIGSTOP)  # so that the first one cannot be served before the second comes
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGCONT)
-    time.sleep(1.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) in (-signal.SIGTERM, 143)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_second_signal_ends_the_process_at_once(number):
+    """Even if no step ends; but not what comes within a second, which a terminal and a launcher both send."""
+
+    def hang(signals, seconds_later):
+        stop = launch.StopSignal()
+        for _ in range(signals):
+            os.kill(os.getpid(), number)
+            assert stop.number == number and stop.exit_code == 128 + number
+            stop.time -= seconds_later
+
+    assert exit_code_in_fork(lambda: hang(1, seconds_later=2)) == 0
+    assert exit_code_in_fork(lambda: hang(3, seconds_later=0)) == 0
+    assert exit_code_in_fork(lambda: hang(2, seconds_later=2)) == -number
 
 
 @pytest.mark.parametrize(
