@@ -1,6 +1,7 @@
 """The one exception that means "you can mend this", and how a script ends on it."""
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -26,7 +27,12 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the script with one line on stderr and exit code 2 where a `UserError` reaches it; no traceback."""
+    """End the script with one line on stderr and exit code 2 where a `UserError` reaches it; no traceback.
+
+    Characters that the output's encoding lacks (a class "süß" in an ASCII locale) are printed as escapes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

@@ -2,18 +2,62 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import re
+import signal
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 # glibc's own numbers for `mallopt`, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def allowed_cores() -> int:
-    """Return the number of cores that this process may use, which is fewer in a container than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use: all, those it is bound to, or its CPU quota's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(min(cores, math.ceil(quota)), 1)
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return how many cores' time the control groups of this process get, or None without a limit.
+
+    Such are the limits of `docker run --cpus`, Kubernetes and systemd, which no affinity shows. Both versions
+    of Linux's control groups are read (https://docs.kernel.org/admin-guide/cgroup-v2.html), below `root`.
+    """
+    quotas = []
+    with contextlib.suppress(OSError):  # not on every system
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+            group = PurePosixPath(path).relative_to("/")
+            # A group has at most what the groups around it have.
+            quotas += [_quota_of(mount / folder) for folder in (group, *group.parents)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota_of(group: Path) -> float | None:
+    """Return the quota of one control group: of version 2 (one file) or 1 (two files)."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            text = " ".join((group / name).read_text(encoding="utf-8") for name in names)
+            quota, period = map(int, text.split())
+            return quota / period if quota > 0 else None
+    return None
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals by which a run is told to stop, as far as this system has them."""
+    names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has no SIGUSR1, which SLURM warns with
+    return [signal.Signals[name] for name in names if hasattr(signal, name)]
+
+
+def cpu_requested() -> bool:
+    """Tell whether `accelerate launch --cpu` started this process, which then leaves a GPU alone."""
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes", "on")
 
 
 def cpu_has_bf16() -> bool:

@@ -225,7 +225,10 @@ def _inspect(path: Path, cached: Record | None) -> Record:
         str(path).encode()
         status = path.stat()
     except UnicodeEncodeError:  # pyarrow, which holds the paths in training, takes UTF-8 alone
-        return Record(fault="unreadable", message=f"{path}: the name is not valid UTF-8; rename it")
+        advice = "rename it"
+        if sys.getfilesystemencoding() != "utf-8":
+            advice += f", or set PYTHONUTF8=1 if {sys.getfilesystemencoding()} is not its encoding"
+        return Record(fault="unreadable", message=f"{path}: the name is not valid UTF-8; {advice}")
     except OSError as error:
         return Record(fault="unreadable", message=f"cannot read {path}: {error.strerror}")
     if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever

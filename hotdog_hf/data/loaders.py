@@ -1,9 +1,11 @@
 """Data sets, samplers and loaders: batches in an order that depends on the seed alone."""
 
 import atexit
+import copy
 import math
 import multiprocessing
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +15,7 @@ import torch
 
 from hotdog_hf.data.images import read_photo
 from hotdog_hf.data.transforms import Transform, derive_seed
+from hotdog_hf.machine import cpu_requested, stop_signals
 
 # The label of a padding photo; `torch.nn.functional.cross_entropy` leaves it out of the loss.
 IGNORED_LABEL = -100
@@ -156,16 +159,39 @@ def eval_loader(
 
 def _ignore_signals(_worker: int) -> None:
     """Leave Ctrl-C and its kind to the main process, which needs its workers to finish the step."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
+
+
+# Every loader process that this one has started and that still exists.
+_workers: weakref.WeakSet[multiprocessing.Process] = weakref.WeakSet()
+
+
+def _worker_context() -> multiprocessing.context.BaseContext:
+    """Return Python's way to start processes here (fork, spawn), which adds each to `_workers`."""
+    usual = multiprocessing.get_context()
+    context = copy.copy(usual)
+
+    def start_known(*args: object, **kwargs: object) -> multiprocessing.Process:
+        process = usual.Process(*args, **kwargs)
+        _workers.add(process)
+        return process
+
+    context.Process = start_known
+    return context
 
 
 @atexit.register
 def _end_workers() -> None:
-    """End the loader processes that an error has left: they ignore the signal by which Python would."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end a fault
-    for child in multiprocessing.active_children():
-        child.kill()
+    """End the loader processes that an error has left: they ignore the signal by which Python would.
+
+    Other processes of the program are left alone: it may import this module, and have its own.
+    """
+    left = [worker for worker in multiprocessing.active_children() if worker in _workers]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end a fault
+    for worker in left:
+        worker.kill()
 
 
 def _loader(
@@ -175,7 +201,8 @@ def _loader(
         dataset,
         worker_init_fn=_ignore_signals,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context=_worker_context() if num_workers else None,
+        pin_memory=torch.cuda.is_available() and not cpu_requested(),
         # A generator of its own: the loader's seed for its workers must not advance the global one.
         generator=torch.Generator(),
         **batching,

@@ -21,7 +21,13 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch.optim.swa_utils import AveragedModel
 
 from hotdog_hf.errors import UserError
-from hotdog_hf.machine import allowed_cores, cpu_has_bf16, keep_freed_memory
+from hotdog_hf.machine import (
+    allowed_cores,
+    cpu_has_bf16,
+    cpu_requested,
+    keep_freed_memory,
+    stop_signals,
+)
 from hotdog_hf.training import sharding
 
 MAX_WORKERS = 8
@@ -43,10 +49,10 @@ def build_accelerator(
     `precision` "auto" is what `accelerate launch` was told, else bf16 on a GPU with bf16 units, else float32:
     on a CPU without them bf16 was 60 times slower. Raises `UserError` where processes do not see each other.
     """
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = cpu_requested() or not torch.accelerator.is_available()
     if precision == "auto":
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if precision == "no" and gpu_has_bf16():
+        if precision == "no" and not on_cpu and gpu_has_bf16():
             precision = "bf16"
     if precision in ("fp16", "tf32") and on_cpu:
         raise UserError(
@@ -243,6 +249,23 @@ def sum_processes(accelerator: Accelerator, number: int) -> int:
     return int(accelerator.reduce(torch.tensor(number, device=accelerator.device)).item())
 
 
+class StoppedError(Exception):
+    """Ends a run that was told to stop, once all that it needs to resume is saved."""
+
+
+# Steps or batches between two questions whether to stop, for several GPUs and in evaluations.
+STOP_EVERY = 10
+
+
+def stop_requested(accelerator: Accelerator, stop: "StopSignal", step: int) -> bool:
+    """Return after a step whether any process was told to stop; every process gets the same answer.
+
+    Several GPUs are asked after every tenth step only: each time they finish all that is queued.
+    """
+    waits_for_gpus = accelerator.num_processes > 1 and accelerator.device.type != "cpu"
+    return not (waits_for_gpus and step % STOP_EVERY) and any_process(accelerator, bool(stop.number))
+
+
 # A launcher passes on the signal that the terminal has sent already: within this time two are one.
 SAME_SIGNAL_SECONDS = 1.0
 
@@ -252,7 +275,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number, self.time = 0, 0.0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in stop_signals():
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _frame: object) -> None:
