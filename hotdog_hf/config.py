@@ -233,7 +233,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_each(self, "num_threads keep_checkpoints", lambda count: count >= 1, "must be 1 or more")
-        _require_each(self, "seed", lambda number: number >= 0, "must be 0 or more")
+        # numpy takes no larger one.
+        _require_each(self, "seed", lambda number: 0 <= number < 2**32, "must be from 0 to 4294967295")
         every = self.checkpoint_every
         _require(every == "epoch" or every >= 1, "--checkpoint-every", every, 'must be 1 or more, or "epoch"')
 
@@ -246,8 +247,9 @@ class HubConfig:
     push_to_hub: str | None = None
     # Make the Hub repository private where it is new.
     private: bool = False
-    # Licence of the trained model, as the Hub names it.
-    license: str = "apache-2.0"
+    # Licence of the trained model, as the Hub names it. Unset: that of the weights which training starts from
+    # (from scratch: apache-2.0).
+    license: str | None = None
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ def main(config: PushConfig) -> None:
     from hotdog_hf import hub
     from hotdog_hf.data.splits import Photos, describe, load_photos, push_photos
     from hotdog_hf.model import saved
+    from hotdog_hf.model.licenses import describe_upload
 
     repo = config.names[-1]
     if config.dataset:
@@ -51,6 +52,7 @@ def main(config: PushConfig) -> None:
             raise UserError(f"{folder} is no folder: give a run's model/")
         saved.load_model(folder)  # what does not load is not worth uploading
         hub.check_can_push(repo)
+        print(describe_upload(folder))
         print("pushed to", hub.push_folder(folder, repo, private=config.private, revision=config.revision))
 
 

@@ -14,6 +14,7 @@ def main(config: TrainConfig) -> None:
     """Train one network by the config, on the hardware that the launcher gave."""
     # Imported here so that --help and a mistyped flag answer before torch is loaded.
     from hotdog_hf import hub
+    from hotdog_hf.model.licenses import describe_upload
     from hotdog_hf.training import launch
     from hotdog_hf.training.launch import StopSignal
     from hotdog_hf.training.loop import train
@@ -30,6 +31,7 @@ def main(config: TrainConfig) -> None:
     stop = StopSignal()
     run_dir = train(config, accelerator, stop)
     if run_dir and config.hub.push_to_hub and accelerator.is_main_process:
+        accelerator.print(describe_upload(run_dir / "model"))
         url = hub.push_folder(run_dir / "model", config.hub.push_to_hub, private=config.hub.private)
         accelerator.print(f"pushed to {url}")
     launch.finish(accelerator)

@@ -6,7 +6,6 @@ python -m hotdog_hf.bench.tasks NAME '{"knob": "value"}' prints its result as on
 import contextlib
 import json
 import re
-import resource
 import sys
 import threading
 import time
@@ -24,10 +23,9 @@ from hotdog_hf.data import loaders, transforms
 from hotdog_hf.data.images import IMAGE_SUFFIXES
 from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import Photos, load_photos
-from hotdog_hf.deploy import export
 from hotdog_hf.errors import UserError, exit_on_user_error
 from hotdog_hf.machine import cpu_has_bf16
-from hotdog_hf.model import saved
+from hotdog_hf.model import export, saved
 from hotdog_hf.model.network import replace_head
 from hotdog_hf.model.predictor import decision_rule, load_predictor, predict_paths
 from hotdog_hf.model.source import load_source, source_data_config
@@ -108,7 +106,8 @@ def _build(
         head_lr_mult=knobs.head_lr_mult,
         weight_decay=knobs.weight_decay,
     )
-    net, optimizer = accelerator.prepare(net, optim.build_optimizer(groups, knobs.optimizer))
+    optimizer = optim.build_optimizer(groups, knobs.optimizer, fused=optim.use_fused(accelerator))
+    net, optimizer = accelerator.prepare(net, optimizer)
     return Job(accelerator, net, optimizer, optim.build_schedule(optimizer, "constant", 1), data_config)
 
 
@@ -177,6 +176,8 @@ def peak_memory() -> int:
     with contextlib.suppress(OSError):  # not on every system
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    import resource  # Windows has none
+
     # This counts the parent as well, at the moment it started this process.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

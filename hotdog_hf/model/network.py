@@ -9,6 +9,21 @@ import torch
 from hotdog_hf.errors import UserError
 
 
+class Float32Linear(torch.nn.Linear):
+    """A linear layer that computes in float32 under autocast too.
+
+    An output layer is a small part of the work, and its logits in bf16 would have 3 digits.
+    """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return logits, float32 [N, classes], of features [N, D] in any precision."""
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.float())
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+
 def replace_head(
     source: torch.nn.Module, label_names: list[str], data_config: dict, head_init: str = "xavier"
 ) -> torch.nn.Module:
@@ -16,7 +31,7 @@ def replace_head(
 
     "xavier" draws the layer's weight by Xavier uniform and leaves the bias as `nn.Linear` draws it (Dive into
     Deep Learning, section 14.2); "linear" leaves both. A saved model of the very same classes keeps its head.
-    The model then carries `data_config` and the names.
+    The layer computes in float32. The model then carries `data_config` and the names.
     """
     if not isinstance(source.get_classifier(), torch.nn.Linear):
         kind = type(source.get_classifier()).__name__
@@ -29,6 +44,7 @@ def replace_head(
         torch.nn.Linear.reset_parameters(head)  # timm's models differ in how they draw a new classifier
         if head_init == "xavier":
             torch.nn.init.xavier_uniform_(head.weight)
+    source.get_classifier().__class__ = Float32Linear
     source.pretrained_cfg = (
         source.pretrained_cfg
         | data_config

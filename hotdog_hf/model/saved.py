@@ -15,6 +15,7 @@ import torch
 from hotdog_hf.errors import UserError
 from hotdog_hf.files import replacing_folder
 from hotdog_hf.hub import hub_errors
+from hotdog_hf.model.licenses import choose_license
 
 MODEL_FILES = ("config.json", "model.safetensors")
 HUB_PREFIX = "hf-hub:"
@@ -28,13 +29,13 @@ SOURCE_KEYS = frozenset(
 def save_model(
     model: torch.nn.Module,
     folder: str | os.PathLike,
-    license: str = "apache-2.0",
+    license: str | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write `model.safetensors` and `config.json` (architecture, class names, preprocessing) as `folder`.
 
-    `weights` are the model's own unless given (whole, where it holds only pieces of them). The folder is
-    written beside its place and moved there whole, replacing an earlier one.
+    `license` and `weights` are the model's own unless given (whole, where it holds only pieces). The folder
+    is written beside its place and moved there whole, replacing an earlier one.
     """
     folder = Path(folder)
     # safetensors takes plain memory only, not channels_last.
@@ -42,7 +43,7 @@ def save_model(
     plain = copy.copy(model)  # shares all but what is set here, so that the model in training stays as it is
     plain.state_dict = lambda: weights
     cfg = plain.pretrained_cfg
-    ours = {"tag": "hotdog_hf", "license": license}
+    ours = {"tag": "hotdog_hf", "license": license or choose_license(None, cfg.get("license"))}
     plain.pretrained_cfg = {key: value for key, value in cfg.items() if key not in SOURCE_KEYS} | ours
     with replacing_folder(folder) as part:
         timm.models.save_for_hf(
@@ -67,11 +68,12 @@ def is_saved_model(name: str) -> bool:
     return name.startswith(HUB_PREFIX) or Path(name).is_dir()
 
 
-def load_model(name: str | os.PathLike) -> torch.nn.Module:
+def load_model(name: str | os.PathLike, image_size: int | None = None) -> torch.nn.Module:
     """Load a saved folder or a Hub model, ready for evaluation, carrying its class names and preprocessing.
 
-    `name` is a folder, or `user/name` or `hf-hub:user/name` with an optional `@revision`. Raises `UserError`
-    where there is no such model.
+    `name` is a folder, or `user/name` or `hf-hub:user/name` with an optional `@revision`. A network whose
+    weights depend on the input's size (a vision transformer) is fitted to `image_size` pixels, if given.
+    Raises `UserError` if there is no such model.
     """
     folder = Path(name)
     if not folder.exists() and re.fullmatch(rf"({HUB_PREFIX})?[^/:]+/[^/]+", str(name)):
@@ -86,7 +88,10 @@ def load_model(name: str | os.PathLike) -> torch.nn.Module:
         if not (folder / file).is_file():
             raise UserError(f"{name} is no saved model: it has no {file}")
     try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        fixed = config.get("pretrained_cfg", {}).get("fixed_input_size")
+        options = {"img_size": image_size} if image_size and fixed else {}
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
     except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot load the model in {name}: {str(error).splitlines()[0]}") from error
     if not model.pretrained_cfg.get("label_names"):

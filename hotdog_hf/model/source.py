@@ -11,6 +11,7 @@ import torch
 
 from hotdog_hf.errors import UserError
 from hotdog_hf.hub import fetch_file
+from hotdog_hf.model.licenses import UNKNOWN
 from hotdog_hf.model.saved import HUB_PREFIX, is_saved_model, load_model
 
 # The chapter's weights are torchvision's; timm's default for the bare name was trained by another recipe.
@@ -19,8 +20,18 @@ BUNDLED_MODEL = "tf_efficientnet_lite0"
 
 
 def load_source(name: str, weights: str, image_size: int | None = None) -> torch.nn.Module:
-    """Return the source model: a saved one (a folder, hf-hub:user/name), or that of `create_source`."""
-    return load_model(weights) if is_saved_model(weights) else create_source(name, weights, image_size)
+    """Return the source model: a saved one (a folder, hf-hub:user/name), or that of `create_source`.
+
+    Its `pretrained_cfg["license"]` is the licence of its weights: "unknown" for a file, None for random ones.
+    """
+    if is_saved_model(weights):
+        return load_model(weights, image_size)
+    source = create_source(name, weights, image_size)
+    if weights == "none":
+        source.pretrained_cfg["license"] = None
+    elif weights not in ("auto", "bundled") or not source.pretrained_cfg.get("license"):
+        source.pretrained_cfg["license"] = UNKNOWN
+    return source
 
 
 def create_source(name: str, weights: str, image_size: int | None = None) -> torch.nn.Module:

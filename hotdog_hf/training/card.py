@@ -10,6 +10,7 @@ import huggingface_hub
 
 from hotdog_hf.files import write_text
 from hotdog_hf.metrics import CARD_METRICS
+from hotdog_hf.model.licenses import card_license, license_warning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class CardFacts:
     # The weights that training started from, and the preprocessing.
     source: str
     data_config: dict
+    license: str
     hardware: str
     versions: str
 
@@ -37,7 +39,7 @@ def write_card(run_dir: str | os.PathLike, facts: CardFacts) -> Path:
     positive_label, source = facts.positive_label, facts.source
     folder, label_names = run_dir / "model", list(counts["train"])
     metadata = huggingface_hub.ModelCardData(
-        license=config["hub"]["license"],
+        **card_license(facts.license),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "transformers", "hotdog_hf"],
@@ -60,11 +62,17 @@ def write_card(run_dir: str | os.PathLike, facts: CardFacts) -> Path:
             _training(facts),
             *(f"![{picture.removesuffix('.png')}]({picture})" for picture in pictures),
             _limits(label_names, counts, scores),
+            _license(facts.license),
         ]
     )
     huggingface_hub.ModelCard(text)  # raises where the metadata is not valid
     write_text(folder / "README.md", text + "\n")
     return folder / "README.md"
+
+
+def _license(license: str) -> str:
+    warning = license_warning(license)
+    return f"## Licence\n\n{_text(license)}{f': {warning}' if warning else ''}."
 
 
 def _text(value: object) -> str:

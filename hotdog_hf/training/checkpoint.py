@@ -208,6 +208,12 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
         return safetensors.torch.load_file(folder / "state.safetensors"), _read_plain(folder)
 
 
+def epoch_of(folder: Path) -> int:
+    """Return the epoch, from 1, that a run had begun or was about to begin when it wrote a checkpoint."""
+    with _reading(folder):
+        return _read_plain(folder)["progress"]["epoch"]
+
+
 def load(content: tuple[dict[str, torch.Tensor], dict], accelerator: Accelerator, state: TrainState) -> None:
     """Put everything back into `state` as `read` found it."""
     tensors, plain = content

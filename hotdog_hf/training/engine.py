@@ -14,7 +14,7 @@ from hotdog_hf.config import OptimConfig
 from hotdog_hf.data.loaders import IGNORED_LABEL, FeatureDataset
 from hotdog_hf.data.transforms import MEMORY_FORMAT
 from hotdog_hf.errors import UserError
-from hotdog_hf.training import sharding
+from hotdog_hf.training import launch, sharding
 from hotdog_hf.training.state import TrainState
 
 BAR_REFRESH_SECONDS = 0.5
@@ -139,26 +139,48 @@ def set_train_mode(model: torch.nn.Module, eval_modules: Sequence[torch.nn.Modul
         module.eval()
 
 
+class HostCopy:
+    """Numbers on their way from a GPU to main memory, behind what the GPU has been given to do so far.
+
+    To read a tensor on the GPU itself would wait for all that was queued since, and leave the GPU idle.
+    """
+
+    def __init__(self, values: torch.Tensor):
+        self.values, self.arrived = values, None
+        if values.device.type == "cuda":
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> torch.Tensor:
+        """Return the numbers once they have arrived."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.values
+
+
 class FiniteCheck:
-    """Raises `NonFiniteLossError` for a loss that is not finite, one step late so that no GPU is waited for.
+    """Raises `NonFiniteLossError` for a loss that is not finite, one step late so that no GPU is left idle.
 
     All processes see the sum over them, so they raise together and none waits for one that has ended.
     """
 
     def __init__(self, accelerator: Accelerator, dataset: torch.utils.data.Dataset):
         self.accelerator, self.dataset = accelerator, dataset
-        self.pending: tuple[torch.Tensor, torch.Tensor, list[float]] | None = None
+        self.pending: tuple[HostCopy, torch.Tensor, list[float]] | None = None
 
     def __call__(self, loss: torch.Tensor, indices: torch.Tensor, rates: list[float]) -> None:
         """Check the loss of the step before; keep this one with its photos and learning rates."""
         self.last()
-        self.pending = self.accelerator.reduce(loss), indices, rates
+        self.pending = HostCopy(self.accelerator.reduce(loss)), indices, rates
 
     def last(self) -> None:
         """Check the loss that is still pending, if any."""
         if self.pending is None:
             return
-        loss, indices, rates = self.pending
+        copied, indices, rates = self.pending
+        loss = copied.read()
         if not torch.isfinite(loss):
             names = [self.dataset.name_of(index) for index in indices[:5].tolist()]
             raise NonFiniteLossError(
@@ -214,12 +236,13 @@ def _batch_totals(loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor
 
 
 def show_totals(bar: tqdm, totals: torch.Tensor) -> None:
-    """Write loss and accuracy so far behind the bar, seldom: reading them waits for the GPU."""
+    """Write loss and accuracy so far behind the bar, now and then, as they were the time before."""
     now = time.perf_counter()
     if not bar.disable and now - getattr(bar, "shown_at", 0) > BAR_REFRESH_SECONDS:
-        loss_sum, correct, count = totals.tolist()
-        bar.set_postfix(loss=f"{loss_sum / count:.3f}", acc=f"{correct / count:.3f}", refresh=False)
-        bar.shown_at = now
+        if copied := getattr(bar, "copied", None):
+            loss_sum, correct, count = copied.read().tolist()
+            bar.set_postfix(loss=f"{loss_sum / count:.3f}", acc=f"{correct / count:.3f}", refresh=False)
+        bar.copied, bar.shown_at = HostCopy(totals.clone()), now
 
 
 def _no_bar(accelerator: Accelerator) -> bool | None:
@@ -227,22 +250,44 @@ def _no_bar(accelerator: Accelerator) -> bool | None:
     return None if accelerator.is_main_process else True
 
 
+@contextlib.contextmanager
+def in_float32() -> Iterator[None]:
+    """Compute in float32 inside, without TF32, as the loaders of a saved model do."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
 @torch.no_grad()
 def predict(
-    accelerator: Accelerator, model: torch.nn.Module, loader: torch.utils.data.DataLoader, title: str = ""
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    loader: torch.utils.data.DataLoader,
+    title: str = "",
+    float32: bool = False,
+    stop: launch.StopSignal | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return probabilities [N, classes] and labels [N] of all N photos, in order, on every process.
 
     `loader` was prepared by the accelerator; the copies it makes to fill the last batch are dropped again.
+    `float32` computes in it whatever the run's precision, if `model` is not prepared, or sharded. Raises
+    `StoppedError` when a process was told to stop.
     Raises `NonFiniteLossError` for weights that give no number any more.
     """
     model.eval()
 
     def probabilities_of(images: torch.Tensor) -> torch.Tensor:
-        with accelerator.autocast():  # an average of the weights was never prepared
+        # An average of the weights was never prepared, so that it brings no autocast along.
+        with in_float32() if float32 else accelerator.autocast():
             return model(images).float().softmax(dim=1)
 
-    probabilities, labels = _gather(accelerator, loader, probabilities_of, title)
+    probabilities, labels = _gather(accelerator, loader, probabilities_of, title, stop)
     sharding.reshard(model)
     if (broken := ~probabilities.isfinite().all(dim=1)).any():
         first = loader.dataset.name_of(int(broken.nonzero()[0]))
@@ -285,6 +330,7 @@ def _gather(
     loader: torch.utils.data.DataLoader,
     forward: Callable[[torch.Tensor], torch.Tensor],
     title: str,
+    stop: launch.StopSignal | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     outputs, labels = [], []
     for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=_no_bar(accelerator)):
@@ -292,6 +338,12 @@ def _gather(
         gathered = accelerator.gather_for_metrics((output, batch["labels"]))
         outputs.append(gathered[0].cpu())
         labels.append(gathered[1].cpu())
+        if (
+            stop
+            and len(labels) % launch.STOP_EVERY == 0
+            and launch.any_process(accelerator, bool(stop.number))
+        ):
+            raise launch.StoppedError
     outputs, labels = torch.cat(outputs), torch.cat(labels)
     expected = len(loader.dataset)
     assert len(labels) == expected, f"{len(labels)} answers for {expected} photos"

@@ -18,6 +18,7 @@ from hotdog_hf.data.splits import Photos, resolve_positive
 from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import ClassificationReport
 from hotdog_hf.model import heads, network
+from hotdog_hf.model.licenses import choose_license, describe_license
 from hotdog_hf.model.source import load_source, source_data_config
 from hotdog_hf.training import engine, launch, optim
 from hotdog_hf.training.features import FeatureExtractor
@@ -40,6 +41,8 @@ class Job:
     net: torch.nn.Module
     meta_model: torch.nn.Module
     data_config: dict
+    # The licence that the trained model is saved under.
+    license: str
     # Modules that stay in evaluation mode while training.
     eval_modules: Sequence[torch.nn.Module]
     # Batches of one optimizer step each, and of one pass each of the splits that are evaluated.
@@ -60,6 +63,7 @@ class BuiltModel(NamedTuple):
 
     net: torch.nn.Module
     data_config: dict
+    license: str
     # Features of the splits that a frozen body has seen; training on them changes the head alone.
     split_features: dict[str, loaders.FeatureDataset]
     trainable: torch.nn.Module
@@ -99,6 +103,7 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Job:
         net=model.net,
         meta_model=meta_model,
         data_config=model.data_config,
+        license=model.license,
         eval_modules=eval_modules,
         train_loader=train_loader,
         eval_loaders=eval_loaders,
@@ -114,6 +119,8 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
     """
     head_init, image_size = config.model.head_init, config.data.image_size
     source = load_source(config.model.model, config.model.weights, image_size)
+    source_license = source.pretrained_cfg.get("license")
+    accelerator.print(describe_license(config.hub.license, source_license))
     accelerator.print(f"source head: {network.describe_head(source)}")
     data_config = source_data_config(source, config.data.preprocessing, image_size)
     source_head, source_classes = source.get_classifier(), None
@@ -134,7 +141,8 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
         views = extractor.crops("train", config.model.probe_views, config.data.min_crop_area, seed)
         heads.fit_head(net, head_init, split_features["train"], views, source_head, source_classes)
     trainable = net.get_classifier() if config.model.cache_features else net
-    return BuiltModel(net, data_config, split_features, trainable)
+    license = choose_license(config.hub.license, source_license)
+    return BuiltModel(net, data_config, license, split_features, trainable)
 
 
 def micro_batch_size(config: TrainConfig, accelerator: Accelerator) -> int:
@@ -168,7 +176,10 @@ def build_train_loader(
 def build_eval_loaders(
     config: TrainConfig, accelerator: Accelerator, photos: Photos, model: BuiltModel, workers: int
 ) -> dict[str, DataLoader]:
-    """Return the loaders of test, and of validation if there is such a split."""
+    """Return the loaders of test, and of validation if there is such a split.
+
+    "saved" is that of test for the saved model, which is evaluated in float32: features in less would not do.
+    """
     batch_size = micro_batch_size(config, accelerator)
     transform, prepared = transforms.eval_transform(model.data_config), {}
     for split in [name for name in ("validation", "test") if name in photos.splits]:
@@ -176,6 +187,11 @@ def build_eval_loaders(
         eval_set = eval_set or loaders.PhotoDataset(photos.splits[split], transform, config.run.seed)
         loader = loaders.eval_loader(eval_set, batch_size, num_workers=workers)
         prepared[split] = accelerator.prepare(loader)
+    prepared["saved"] = prepared["test"]
+    if config.model.cache_features and launch.precision_of(accelerator) != "no":
+        test_photos = loaders.PhotoDataset(photos.splits["test"], transform, config.run.seed)
+        test_loader = loaders.eval_loader(test_photos, batch_size, num_workers=workers)
+        prepared["saved"] = accelerator.prepare(test_loader)
     return prepared
 
 
@@ -193,8 +209,7 @@ def build_state(
         decay_norm_and_bias=knobs.decay_norm_and_bias,
     )
     accelerator.print(optim.describe_groups(groups, net))
-    # Not with a gradient scaler (fp16), and not on shards of weights (FSDP).
-    fused = accelerator.device.type == "cuda" and not accelerator.scaler and not accelerator.is_fsdp2
+    fused = optim.use_fused(accelerator)
     optimizer = optim.build_optimizer(groups, knobs.optimizer, knobs.momentum, fused=fused)
     schedule = optim.build_schedule(optimizer, knobs.schedule, total_steps, knobs.warmup_fraction)
     progress, totals = Progress(), torch.zeros(3, device=accelerator.device)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from hotdog_hf import files, metrics
 from hotdog_hf.config import TrainConfig, flatten, to_dict
 from hotdog_hf.data import images
+from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.data.splits import sample_photos
 from hotdog_hf.errors import UserError, message_of
 from hotdog_hf.model import saved
@@ -37,13 +38,18 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal
         if job.state.progress.epoch == 0:
             job.state.progress.seconds = time.perf_counter() - started
         evaluation = None
-        # Each epoch is judged; of a solved head also the start, as epoch 0.
-        for epoch in range(job.state.progress.epoch, config.optim.epochs + 1):
-            if epoch > 0 and not train_epoch(job, run_dir, epoch, stop):
-                return None
-            evaluation = evaluate_epoch(job, run_dir, epoch)
-        if evaluation is None or job.eval_split != "test":
-            evaluation = evaluate_saved(job, run_dir)
+        try:
+            # Each epoch is evaluated; of a solved head also the start, as epoch 0.
+            for epoch in range(job.state.progress.epoch, config.optim.epochs + 1):
+                if epoch > 0:
+                    train_epoch(job, run_dir, epoch, stop)
+                evaluation = evaluate_epoch(job, run_dir, epoch, stop)
+            if evaluation is None or job.eval_split != "test" or launch.precision_of(accelerator) != "no":
+                evaluation = evaluate_saved(job, run_dir, stop)
+        except launch.StoppedError:
+            epoch, how = min(job.state.progress.epoch, config.optim.epochs), resume_command(run_dir)
+            accelerator.print(f"stopped in epoch {epoch}; go on with: {how}")
+            return None
         finish(job, run_dir, evaluation, started)
     return run_dir
 
@@ -97,11 +103,17 @@ def _checkpoint_to_go_on_from(config: TrainConfig, identity: dict) -> Path | Non
     if found:
         before = read_identity(checkpoint.run_dir_of(found))
         check_same_run(before, identity, config.run.resume_anyway)
+        begun, epochs = checkpoint.epoch_of(found), config.optim.epochs
+        if epochs < begun and epochs != before["config"]["optim"]["epochs"]:
+            raise UserError(
+                f"--epochs {epochs}: {checkpoint.run_dir_of(found)} has finished {begun - 1} epochs;"
+                f" give --epochs {begun} or more, or start a new run"
+            )
     return found
 
 
-def train_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) -> bool:
-    """Train over the rest of an epoch; return False where the run was told to stop, and is saved."""
+def train_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) -> None:
+    """Train over the rest of an epoch. Raises `StoppedError` if the run was told to stop, and is saved."""
     config, accelerator, state = job.config, job.accelerator, job.state
     progress = state.progress
     job.train_loader.batch_sampler.seek(epoch, progress.step)
@@ -123,25 +135,30 @@ def train_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) ->
             before, tick = tick, time.perf_counter()
             progress.seconds += tick - before
             progress.waited += data_seconds
-            stopped = launch.any_process(accelerator, bool(stop.number))
+            stopped = launch.stop_requested(accelerator, stop, progress.total_steps)
             if stopped or (every != "epoch" and progress.total_steps % every == 0):
                 save_checkpoint(job, run_dir)
             if stopped:
-                how = resume_command(run_dir)
-                accelerator.print(f"stopped in epoch {epoch}; go on with: {how}")
-                return False
-    return True
+                raise launch.StoppedError
 
 
-def evaluate_epoch(job: Job, run_dir: Path, epoch: int) -> Evaluation:
-    """Judge what the epoch has made of the weights, note it, keep the model if it is to be kept, and save."""
+def evaluate_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) -> Evaluation:
+    """Judge what the epoch has made of the weights, note it, keep the model if it is to be kept, and save.
+
+    Raises `StoppedError` if the run was told to stop meanwhile; the state after the epoch's last step is
+    saved, and a resumed run begins with this evaluation.
+    """
     config, accelerator, state = job.config, job.accelerator, job.state
     eval_split, progress = job.eval_split, state.progress
     row = {"epoch": epoch, "learning_rate": progress.learning_rate}
     row |= records.epoch_row(accelerator, state.totals, progress.seconds)
     network = state.average.module if state.average and epoch > 0 else state.model
     tick = time.perf_counter()
-    evaluation = evaluate(job, run_dir, network, eval_split)
+    try:
+        evaluation = evaluate(job, run_dir, network, job.eval_loaders[eval_split], stop)
+    except launch.StoppedError:
+        save_checkpoint(job, run_dir)
+        raise
     row |= {"loading_seconds": progress.waited, "evaluating_seconds": time.perf_counter() - tick}
     row |= {f"{eval_split}_{name}": value for name, value in evaluation.scores.items()}
     accelerator.print(records.describe_epoch(row, eval_split))
@@ -166,21 +183,20 @@ def evaluate_epoch(job: Job, run_dir: Path, epoch: int) -> Evaluation:
                 records.write_metrics(run_dir, state.progress.rows)
                 plots.plot_curves(state.progress.rows, eval_split, run_dir / "curves.png")
                 if keeps:
-                    saved.save_model(job.meta_model, run_dir / "model", config.hub.license, weights)
+                    saved.save_model(job.meta_model, run_dir / "model", job.license, weights)
         save_checkpoint(job, run_dir)
     return evaluation
 
 
-def evaluate_saved(job: Job, run_dir: Path) -> Evaluation:
-    """Judge the model that was kept on the test split, which no epoch was judged by."""
-
-    def kept_state() -> dict[str, torch.Tensor]:
-        kept = saved.load_model(run_dir / "model")
-        return (kept.get_classifier() if job.config.model.cache_features else kept).state_dict()
-
-    kept = launch.run_on_main(job.accelerator, kept_state)
-    sharding.load_state(job.accelerator.unwrap_model(job.state.model), kept)
-    return evaluate(job, run_dir, job.state.model, "test")
+def evaluate_saved(job: Job, run_dir: Path, stop: launch.StopSignal) -> Evaluation:
+    """Judge the saved model on the test split, in float32 as every loader computes: the card's numbers."""
+    accelerator, loader = job.accelerator, job.eval_loaders["saved"]
+    kept = launch.run_on_main(accelerator, lambda: saved.load_model(run_dir / "model").state_dict())
+    sharding.load_state(job.net, kept)
+    of_features = isinstance(loader.dataset, FeatureDataset)
+    network = job.net.get_classifier() if of_features else job.net
+    network = accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # prepared, it brings autocast along
+    return evaluate(job, run_dir, network, loader, stop, float32=True)
 
 
 def finish(job: Job, run_dir: Path, evaluation: Evaluation, started: float) -> None:
@@ -189,10 +205,6 @@ def finish(job: Job, run_dir: Path, evaluation: Evaluation, started: float) -> N
     final = records.final_row(
         job.state.progress.rows, evaluation.scores, seconds=time.perf_counter() - started
     )
-    if not config.model.cache_features:
-        size = config.data.train_image_size or job.data_config["input_size"][-1]
-        limit, _ = engine.measure_speed(accelerator, job.net, size, min(job.micro_batch_size, 32))
-        final["share_of_limit"] = final["examples_per_second"] * limit
     if accelerator.is_main_process:
         with files.writing_to(run_dir):
             records.write_metrics(run_dir, [*job.state.progress.rows, final])
@@ -205,19 +217,43 @@ def finish(job: Job, run_dir: Path, evaluation: Evaluation, started: float) -> N
                 scores=final,
                 positive_label=job.positive_label,
                 source=describe_source(config.model.model, config.model.weights),
+                license=job.license,
                 data_config=job.data_config,
                 hardware=job.hardware,
                 versions=launch.describe_versions(),
             )
             card.write_card(run_dir, facts)
+    # Last, when all that matters is written: a copy of the network may not fit into a GPU beside it.
+    if not config.model.cache_features and (limit := _seconds_at_the_limit(job)):
+        final["share_of_limit"] = final["examples_per_second"] * limit
+        if accelerator.is_main_process:
+            with files.writing_to(run_dir):
+                records.write_metrics(run_dir, [*job.state.progress.rows, final])
     accelerator.print(records.describe_final(final, run_dir, job.hardware))
 
 
-def evaluate(job: Job, run_dir: Path, network: torch.nn.Module, split: str) -> Evaluation:
-    """Judge a network on a split, on every process with the first one's BatchNorm statistics."""
+def _seconds_at_the_limit(job: Job) -> float | None:
+    """Return the seconds that a photo in memory takes in training, or None if there is no memory for it."""
+    size = job.config.data.train_image_size or job.data_config["input_size"][-1]
+    try:
+        return engine.measure_speed(job.accelerator, job.net, size, min(job.micro_batch_size, 32))[0]
+    except torch.OutOfMemoryError:
+        job.accelerator.print("the speed on photos in memory was not measured: no memory is left for it")
+        return None
+
+
+def evaluate(
+    job: Job,
+    run_dir: Path,
+    network: torch.nn.Module,
+    loader: torch.utils.data.DataLoader,
+    stop: launch.StopSignal,
+    float32: bool = False,
+) -> Evaluation:
+    """Judge a network on a loader's photos, on every process with the first one's BatchNorm statistics."""
     sharding.broadcast_state(network)
     with add_progress_to_errors(job, run_dir):
-        probabilities, labels = engine.predict(job.accelerator, network, job.eval_loaders[split], title=split)
+        probabilities, labels = engine.predict(job.accelerator, network, loader, "evaluation", float32, stop)
     return Evaluation(job.metric.compute(predictions=probabilities, references=labels), probabilities, labels)
 
 

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from accelerate import Accelerator
 from timm.models import group_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -82,6 +83,14 @@ def describe_groups(groups: list[dict], net: torch.nn.Module) -> str:
     return "\n".join([*lines, *([f"{'frozen':<24} {frozen:>12,}"] if frozen else [])])
 
 
+def use_fused(accelerator: Accelerator) -> bool:
+    """Tell whether the optimizer of a run takes its step in one kernel: on a GPU.
+
+    Not with a gradient scaler (fp16), and not on shards of weights (FSDP).
+    """
+    return accelerator.device.type == "cuda" and not accelerator.scaler and not accelerator.is_fsdp2
+
+
 def build_optimizer(
     groups: list[dict], optimizer: str, momentum: float = 0.0, *, fused: bool = False
 ) -> torch.optim.Optimizer:
@@ -97,19 +106,35 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, fused=fused)
 
 
-def build_average(net: torch.nn.Module, decay: float) -> AveragedModel | None:
-    """Return an exponential moving average of weights and BatchNorm statistics, or None where decay is 0.
+class WeightAverage(AveragedModel):
+    """An exponential moving average of weights and BatchNorm statistics.
 
-    After step t it is decay x itself + (1 - decay) x the weights; after the first, the weights.
+    After step t it is decay x itself + (1 - decay) x the weights; after the first, the weights. It is torch's
+    own to the bit, whose update would send a counter to the GPU each time, and wait for it.
     """
-    if decay == 0:
-        return None
-    blend = get_ema_multi_avg_fn(decay)
 
-    def blend_local(averages: list[torch.Tensor], weights: list[torch.Tensor], count: torch.Tensor) -> None:
-        blend(sharding.local(averages), sharding.local(weights), count)  # it mixes no pieces with buffers
+    def __init__(self, net: torch.nn.Module, decay: float):
+        super().__init__(net, use_buffers=True)
+        self.blend = get_ema_multi_avg_fn(decay)
 
-    return AveragedModel(net, multi_avg_fn=blend_local, use_buffers=True)
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        """Take the weights and statistics of `model` after an optimizer step into account."""
+        tensors = [[*net.parameters(), *net.buffers()] for net in (self.module, model)]
+        pairs = list(zip(*map(sharding.local, tensors), strict=True))  # of shards, this process's own
+        if self.n_averaged == 0:
+            for average, value in pairs:
+                average.copy_(value)
+        else:
+            for dtype in {average.dtype for average, _ in pairs}:
+                of_one_type = [(average, value) for average, value in pairs if average.dtype == dtype]
+                self.blend(*map(list, zip(*of_one_type, strict=True)), self.n_averaged)
+        self.n_averaged += 1
+
+
+def build_average(net: torch.nn.Module, decay: float) -> WeightAverage | None:
+    """Return the moving average of a network, or None if `decay` is 0."""
+    return WeightAverage(net, decay) if decay else None
 
 
 def build_schedule(

@@ -1,1 +1,0 @@
-"""A model on its way to users: one ONNX file, a web page."""

@@ -1,0 +1,178 @@
+"""The end of a run: evaluations that are stopped, the numbers of the card, and what is written first."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from conftest import TINY_MODEL
+from test_resume import assert_same_run, newest, numbers_of, train_here
+
+from hotdog_hf.config import RunConfig
+from hotdog_hf.data import loaders
+from hotdog_hf.data.splits import load_photos
+from hotdog_hf.data.transforms import eval_transform
+from hotdog_hf.errors import UserError
+from hotdog_hf.metrics import ClassificationReport
+from hotdog_hf.model import saved
+from hotdog_hf.model.network import data_config_of, label_names_of
+from hotdog_hf.model.source import load_source
+from hotdog_hf.training import engine, launch
+
+
+@pytest.fixture
+def own_accelerator():
+    """Leave the accelerator of the other tests in this process out of it: precision is chosen once."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def scores_of_a_plain_loader(folder, data_dir):
+    """The test scores of a saved model by a plain loop in float32."""
+    net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    rows = load_photos(data_dir)["test"]
+    photo_set = loaders.PhotoDataset(rows, eval_transform(data_config_of(net)))
+    pixels = torch.stack([row["pixel_values"] for row in photo_set])
+    with torch.no_grad():
+        probabilities = net(photo_set.network_input(pixels)).softmax(dim=1)
+    return ClassificationReport(label_names_of(net)).compute(
+        predictions=probabilities.numpy(), references=photo_set.labels
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--learning-rate", 0.003),
+        ("--recipe", "frozen", "--learning-rate", 0.01),
+        ("--ema-decay", 0.5, "--val-fraction", 0.2, "--keep", "best"),
+    ],
+    ids=["trained", "frozen", "averaged"],
+)
+def test_in_bf16_the_final_numbers_are_those_of_every_loader(
+    own_accelerator, tiny_weights, photos_dir, tmp_path, flags
+):
+    train_here(tiny_weights, photos_dir, tmp_path / "run", "--precision", "bf16", "--epochs", 2, *flags)
+    final = numbers_of(tmp_path / "run")[-1]
+    plain = scores_of_a_plain_loader(tmp_path / "run/model", photos_dir)
+    assert final["test_loss"] == pytest.approx(plain["loss"], abs=1e-6)
+    assert final["test_confusion_matrix"] == plain["confusion_matrix"]
+
+
+def test_in_bf16_the_output_layer_computes_in_float32(own_accelerator, tiny_weights, photos_dir, tmp_path):
+    net = load_source(TINY_MODEL, str(tiny_weights))
+    from hotdog_hf.model.network import replace_head
+    from hotdog_hf.model.source import source_data_config
+
+    net = replace_head(net, ["a", "b"], source_data_config(net, "chapter", 64))
+    assert repr(net.get_classifier()) == "Linear(in_features=96, out_features=2, bias=True)"
+    accelerator = launch.build_accelerator("bf16", num_threads=1)
+    images = torch.randn(2, 3, 64, 64)
+    with accelerator.autocast():
+        features = net.forward_head(net.forward_features(images), pre_logits=True)
+        logits = net(images)
+    assert features.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    head = net.get_classifier()
+    expected = torch.nn.functional.linear(features.float(), head.weight, head.bias)
+    assert torch.equal(logits, expected)
+
+
+class StopInEvaluation:
+    """Stands for a signal that arrives in the given evaluation of a run."""
+
+    def __init__(self, monkeypatch, evaluation):
+        self.number, predict = 0, engine.predict
+
+        def told_meanwhile(*args):
+            nonlocal evaluation
+            evaluation -= 1
+            self.number = 15 if evaluation == 0 else 0
+            return predict(*args)
+
+        monkeypatch.setattr(launch, "STOP_EVERY", 1)  # there are two batches only
+        monkeypatch.setattr(engine, "predict", told_meanwhile)
+
+
+@pytest.mark.parametrize(
+    ("flags", "evaluation", "checkpoint"),
+    [
+        (("--momentum", 0.9), 1, "step-00000004"),
+        # The third evaluation is that of the saved model, whose weights are in no checkpoint.
+        (("--val-fraction", 0.2, "--ema-decay", 0.5, "--keep", "best"), 3, "step-00000006"),
+        # The first is that of a solved head.
+        (("--recipe", "best", "--epochs", 2, "--batch-size", 8, "--val-fraction", 0.2), 1, "step-00000000"),
+    ],
+)
+def test_a_signal_in_an_evaluation_stops_it_and_the_run_resumes_to_the_very_bit(
+    tiny_weights, photos_dir, tmp_path, monkeypatch, flags, evaluation, checkpoint
+):
+    flags = ("--epochs", 2, *flags)
+    train_here(tiny_weights, photos_dir, tmp_path / "undisturbed", *flags)
+    with monkeypatch.context() as patched:
+        stop = StopInEvaluation(patched, evaluation)
+        train_here(tiny_weights, photos_dir, tmp_path / "run", *flags, stop=stop)
+    assert newest(tmp_path / "run") == checkpoint
+    assert not (tmp_path / "run/predictions.csv").exists()
+    train_here(tiny_weights, photos_dir, tmp_path / "run", *flags, "--resume", "auto")
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(("processes", "device", "asked"), [(1, "cuda", 20), (2, "cpu", 20), (2, "cuda", 2)])
+def test_several_gpus_are_asked_to_stop_at_every_tenth_step(monkeypatch, processes, device, asked):
+    questions = []
+    monkeypatch.setattr(launch, "any_process", lambda _, flag: questions.append(flag) or flag)
+    accelerator = SimpleNamespace(num_processes=processes, device=torch.device(device))
+    stopped = [launch.stop_requested(accelerator, SimpleNamespace(number=15), step) for step in range(1, 21)]
+    assert len(questions) == asked == sum(stopped)
+
+
+def test_what_a_run_found_is_written_before_its_speed_is_measured(
+    tiny_weights, photos_dir, tmp_path, monkeypatch, capsys
+):
+    """A copy of a network may not fit into a GPU beside it."""
+
+    def no_memory(*_):
+        names = {path.name for path in (tmp_path / "run").iterdir()} | {
+            path.name for path in (tmp_path / "run/model").iterdir()
+        }
+        assert {"predictions.csv", "README.md", "model.safetensors"} <= names
+        assert numbers_of(tmp_path / "run")[-1]["final"]
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine, "measure_speed", no_memory)
+    train_here(tiny_weights, photos_dir, tmp_path / "run", "--epochs", 1)
+    said = capsys.readouterr().out
+    assert "was not measured: no memory is left" in said and "of the speed on photos in memory" not in said
+    final = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert "share_of_limit" not in final
+
+
+def test_a_run_is_not_resumed_with_fewer_epochs_than_it_has_finished(tiny_weights, photos_dir, tmp_path):
+    train_here(tiny_weights, photos_dir, tmp_path / "run", "--epochs", 3)
+    anyway = ("--resume", "auto", "--resume-anyway")
+    with pytest.raises(UserError, match="has finished 3 epochs; give --epochs 4 or more"):
+        train_here(tiny_weights, photos_dir, tmp_path / "run", "--epochs", 2, *anyway)
+    assert json.loads((tmp_path / "run/config.json").read_text())["optim"]["epochs"] == 3
+    train_here(tiny_weights, photos_dir, tmp_path / "run", "--epochs", 3, *anyway)
+    train_here(tiny_weights, photos_dir, tmp_path / "run", "--epochs", 4, *anyway)
+    assert [row.get("epoch") for row in numbers_of(tmp_path / "run")] == [1, 2, 3, 4, None]
+
+
+def test_a_seed_that_numpy_refuses_is_refused_at_once():
+    assert RunConfig(seed=2**32 - 1).seed == 2**32 - 1
+    with pytest.raises(ValueError, match="--seed must be from 0 to 4294967295, got 4294967296"):
+        RunConfig(seed=2**32)
+
+
+def test_a_saved_vision_transformer_is_fitted_to_another_input_size(photos_dir, tmp_path):
+    net = timm.create_model("test_vit", num_classes=2)
+    net.pretrained_cfg |= {"label_names": ["hotdog", "not-hotdog"]}
+    saved.save_model(net, tmp_path / "vit")
+    size = 2 * net.pretrained_cfg["input_size"][-1]
+    fitted = load_source("test_vit", str(tmp_path / "vit"), size)
+    assert fitted(torch.zeros(1, 3, size, size)).shape == (1, 2)
+    assert torch.equal(fitted.head.weight, net.head.weight)
+    assert load_source("test_vit", str(tmp_path / "vit"), None).pos_embed.shape == net.pos_embed.shape
