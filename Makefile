@@ -10,10 +10,10 @@ DEMO_FLAGS := --data-dir data/sample --model tf_efficientnet_lite0 --weights bun
 MODEL := $(DEMO)/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train reproduce bench report pictures test style quality clean
+.PHONY: help install demo train reproduce bench report pictures test test-gpu style quality clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP)  ## install everything into the active environment, or into .venv
 
@@ -43,6 +43,9 @@ pictures: demo report  ## make the README's pictures from the demo (needs chromi
 
 test: install  ## run the tests, offline
 	$(PYTHON) -m pytest
+
+test-gpu: install  ## run the tests that need an NVIDIA GPU, one after the other
+	$(PYTHON) -m pytest -n 0 -m gpu -rs
 
 style: install  ## format the code and mend what ruff can
 	$(PYTHON) -m ruff check --fix .

@@ -30,6 +30,14 @@ torch.set_num_threads(1)
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; this machine has none"))
+
+
 def draw_photos(folder: Path, counts: dict[str, int], size: tuple[int, int] = (72, 56)) -> None:
     """Draw noisy one-coloured pictures, one hue a class, so that a tiny network can tell them apart."""
     for number, (name, count) in enumerate(sorted(counts.items())):
