@@ -1,4 +1,4 @@
-# `make` alone prints these targets. Uses the active virtual environment or conda environment, else makes .venv.
+# `make` alone prints these targets. They use the active virtual or conda environment, or create .venv.
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
 PYTHON := $(ENV)/bin/python
 STAMP := $(ENV)/.hotdog_hf-installed
@@ -29,13 +29,13 @@ demo: install  ## fine-tune a real pretrained network on the drawn sample, offli
 train: install  ## the chapter: download the hot-dog photos, fine-tune ResNet-18 for 5 epochs
 	$(LAUNCH) scripts/train.py $(if $(DATA),--data-dir $(DATA))
 
-reproduce: install  ## the chapter's claim and exercises as one study; stops and goes on
+reproduce: install  ## the chapter's claim and exercises as one study; can be stopped and resumed
 	$(LAUNCH) scripts/reproduce.py $(if $(DATA),--data-dir $(DATA))
 
-bench: install  ## measure speed, memory and time to accuracy on this machine: make bench DATA=my/photos
+bench: install  ## measure speed, memory and time to accuracy: make bench DATA=my/photos
 	$(PYTHON) scripts/benchmark.py $(if $(DATA),--data-dir $(DATA))
 
-report: install  ## judge a model: make report MODEL=runs/mine/model DATA=my/photos (default: the demo's)
+report: install  ## evaluate a model: make report MODEL=runs/mine/model DATA=my/photos (default: the demo's)
 	$(PYTHON) scripts/report.py $(MODEL) --data-dir $(or $(DATA),data/sample)
 
 pictures: demo report  ## make the README's pictures from the demo (needs chromium)
@@ -47,7 +47,7 @@ test: install  ## run the tests, offline
 test-gpu: install  ## run the tests that need an NVIDIA GPU, one after the other
 	$(PYTHON) -m pytest -n 0 -m gpu -rs
 
-style: install  ## format the code and mend what ruff can
+style: install  ## format the code and fix what ruff can
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
@@ -55,6 +55,6 @@ quality: install  ## check format and lint, change nothing
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-clean:  ## remove the demo, the drawn sample and caches (never your runs, nor data/hotdog)
+clean:  ## remove the demo, the drawn sample and caches (not your runs or data/hotdog)
 	rm -rf $(DEMO) data/sample .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

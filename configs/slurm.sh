@@ -2,8 +2,8 @@
 # Train on SLURM; all flags go to scripts/train.py. From the repository's folder, in its environment:
 #   sbatch configs/slurm.sh --data-dir my/photos
 #   sbatch --nodes 1 --gpus-per-node 8 --time 1:00:00 configs/slurm.sh --data-dir my/photos
-# Two minutes before its time is over the run saves its state and the job queues itself again; the same happens
-# where a node fails. It goes on from the newest checkpoint, so the folder must be shared by the nodes.
+# Two minutes before its time limit the run saves its state and the job requeues itself; it is requeued if a node
+# fails, too. It resumes from the newest checkpoint, so the nodes must share the folder.
 #SBATCH --job-name=hotdog_hf
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -18,10 +18,10 @@ set -uo pipefail
 export MAIN_ADDRESS NUM_PROCESSES PORT
 MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 NUM_PROCESSES=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-1}))
-PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs of one node do not meet
+PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one node do not collide
 
-# What each node runs. SLURM signals its task and, depending on the cluster, the task's children as well, while
-# the launcher would end at once: it is made deaf, and the processes that train are told by the task.
+# What each node runs. SLURM signals the task and, on some clusters, its children too. The launcher would exit at
+# once: it ignores the signal, and the task forwards it to the training processes.
 node() {
     (
         trap '' USR1
@@ -34,7 +34,7 @@ node() {
     wait_for "$launcher"
 }
 
-# A signal interrupts `wait`: wait until the process has really ended, and return its code.
+# A signal interrupts `wait`: wait until the process has really exited, and return its exit code.
 wait_for() {
     local code=0
     while wait "$1"; code=$?; kill -0 "$1" 2>/dev/null; do :; done

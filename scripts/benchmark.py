@@ -1,9 +1,9 @@
 """Measure on this machine: speed, time to accuracy, memory, start-up, against a plain loop and other tools.
 
-python scripts/benchmark.py                                         # the drawn sample, offline: an hour or so
+python scripts/benchmark.py                                         # the drawn sample, offline: about an hour
 python scripts/benchmark.py --data-dir my/photos --model resnet18 --weights my.safetensors
-python scripts/benchmark.py --only startup prediction --repeats 5   # these again; the other sections stay
-python scripts/benchmark.py --photos 20 --repeats 1 --epochs 1      # minutes, to see that all of it works
+python scripts/benchmark.py --only startup prediction --repeats 5   # only these; the others are kept
+python scripts/benchmark.py --photos 20 --repeats 1 --epochs 1      # a few minutes, to see that it works
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ Section = Literal[
 class BenchmarkConfig:
     """Measure everything on this machine, and write README.md, results.json and pictures.
 
-    What is compared takes turns, each in a process of its own. Keep the machine free of other work.
+    The candidates take turns, each in its own process. Keep the machine free of other work.
     """
 
-    # Folder with train/<class>/* and test/<class>/*. The default is drawn where it is absent.
+    # Folder with train/<class>/* and test/<class>/*. The default is drawn if missing.
     data_dir: str = SAMPLE_DATA_DIR
     # Any timm model name, and its weights, as for scripts/train.py.
     model: str = "tf_efficientnet_lite0"
@@ -34,21 +34,21 @@ class BenchmarkConfig:
     weights: str = "bundled"
     # Side of the square input in pixels. Unset: the model's own.
     image_size: int | None = None
-    # Photos to take of each class and split at most. Unset: all.
+    # At most so many photos per class and split. Unset: all.
     photos: int | None = None
-    # Photos per optimizer step. Unset: each recipe's own, which is 128 for the chapter's.
+    # Photos per optimizer step. Unset: each recipe's own (128 for the chapter's).
     batch_size: int | None = None
-    # Epochs of each training whose speed is measured.
+    # Epochs of each training run whose speed is measured.
     epochs: int = 2
-    # How often each thing is measured, in turns; the seeds are 0, 1, ...
+    # Repeats of each measurement, taking turns; the seeds are 0, 1, ...
     repeats: int = 3
-    # Sections to measure. The others stay as they are, if measured on the same machine with the same knobs.
+    # Sections to measure. Results of the others are kept if from the same machine with the same flags.
     only: tuple[Section, ...] = get_args(Section)
-    # Recipes of the section "accuracy"; "chapter" says which accuracy is to be reached.
+    # Recipes of the section "accuracy"; "chapter" sets the accuracy to reach.
     recipes: tuple[str, ...] = ("chapter", "frozen", "probe", "best")
-    # Threads on a CPU, for ours and the others alike. Unset: all cores.
+    # CPU threads, for hotdog_hf and the other tools alike. Unset: all cores.
     num_threads: int | None = None
-    # Where the report goes.
+    # Folder of the report.
     output_dir: str = "runs/bench"
 
     def __post_init__(self) -> None:
@@ -60,14 +60,14 @@ class BenchmarkConfig:
             if value is not None and value < least:
                 raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
         if wrong := sorted(set(self.recipes) - set(RECIPES)):
-            raise ValueError(f"--recipes {wrong[0]!r} is none of {', '.join(RECIPES)}")
+            raise ValueError(f"--recipes {wrong[0]!r} must be one of {', '.join(RECIPES)}")
         if "accuracy" in self.only and "chapter" not in self.recipes:
-            raise ValueError("--recipes must have chapter among them, which says what is to be reached")
+            raise ValueError("--recipes must include chapter, which sets the accuracy to reach")
 
 
 def main(config: BenchmarkConfig) -> None:
-    """Prepare, measure in turns, and write after every section what is there."""
-    # Imported here so that --help and a mistyped flag answer at once.
+    """Prepare, measure in turns, and write the results after every section."""
+    # Imported here so that --help and a mistyped flag respond at once.
     import dataclasses
     import os
     import tempfile

@@ -17,11 +17,11 @@ from hotdog_hf.errors import exit_on_user_error
 class DownloadConfig:
     """Download the chapter's hot-dog photos, check them, and unpack them."""
 
-    # Folder to make; the zip is kept beside it, and one lying there is used instead of the network.
+    # Folder to create. The zip is kept beside it; one already there is used instead of the network.
     data_dir: str = DEFAULT_DATA_DIR
-    # Address of the zip.
+    # URL of the zip.
     url: str = HOTDOG_URL
-    # SHA-1 that the zip must have.
+    # Expected SHA-1 of the zip.
     sha1: str = HOTDOG_SHA1
 
 

@@ -22,19 +22,19 @@ class ExportConfig:
     model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
     # File to write; it holds the class names and the preprocessing too.
     out: Annotated[str, Positional, tyro.conf.arg(metavar="OUT.onnx")]
-    # Version of the ONNX operators.
+    # ONNX opset version.
     opset: int = 17
 
     def __post_init__(self) -> None:
         if not self.out.endswith(".onnx"):
             raise ValueError(f"OUT.onnx must end in .onnx, got {self.out!r}")
-        if not 7 <= self.opset <= 20:  # what torch.onnx.export knows without onnxscript
+        if not 7 <= self.opset <= 20:  # what torch.onnx.export supports without onnxscript
             raise ValueError(f"--opset must be from 7 to 20, got {self.opset}")
 
 
 def main(config: ExportConfig) -> None:
     """Export, check, write."""
-    # Imported here so that --help and a mistyped flag answer before torch is loaded.
+    # Imported here so that --help and a mistyped flag respond before torch is loaded.
     from hotdog_hf.model.export import export_onnx
 
     difference = export_onnx(config.model, config.out, config.opset)

@@ -1,4 +1,4 @@
-"""Fine-tune as Dive into Deep Learning 14.2 does, in plain PyTorch: what scripts/benchmark.py compares with.
+"""Fine-tune as in Dive into Deep Learning 14.2, in plain PyTorch: the baseline of scripts/benchmark.py.
 
 python scripts/plain_loop.py my/photos --weights my.safetensors
 python scripts/plain_loop.py my/photos --weights my.safetensors --channels-last --num-workers 2
@@ -10,7 +10,7 @@ import time
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train, and print a line of JSON an epoch."""
+    """Train, and print one line of JSON per epoch."""
     import timm
     import torch
     from torchvision import datasets, transforms
@@ -77,12 +77,12 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="resnet18", help="any timm model name")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=5e-5, help="of the body; the head's is 10 x")
+    parser.add_argument("--learning-rate", type=float, default=5e-5, help="of the body (head: 10 x)")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--num-workers", type=int, default=0, help="loader processes")
-    parser.add_argument("--num-threads", type=int, help="on a CPU; unset: torch's own choice")
+    parser.add_argument("--num-threads", type=int, help="CPU threads; unset: torch's default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--channels-last", action="store_true", help="the memory format that hotdog_hf uses")
-    parser.add_argument("--freeze-body", action="store_true", help="train the output layer alone")
-    parser.add_argument("--no-augment", action="store_true", help="training photos as in the test")
+    parser.add_argument("--freeze-body", action="store_true", help="train only the output layer")
+    parser.add_argument("--no-augment", action="store_true", help="treat training photos like test photos")
     main(parser.parse_args())

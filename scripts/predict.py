@@ -1,4 +1,4 @@
-"""Say what is on images: a label and the probability of every class.
+"""Classify images: a label and the probability of every class.
 
 python scripts/predict.py runs/demo/model photo.jpg my/photos 'more/**/*.png'   # files, folders, patterns
 find . -name '*.jpg' | python scripts/predict.py runs/demo/model - --format csv > predictions.csv
@@ -16,22 +16,22 @@ from hotdog_hf.errors import UserError, exit_on_user_error, message_of
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Predict the class of images. Exit code 1: some could not be read, and were named on standard error."""
+    """Predict the class of images. Exit code 1: some could not be read; they are named on stderr."""
 
     # Folder of a saved model, or a .onnx file made by scripts/export.py.
     model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
-    # Image files, folders (with all below), quoted patterns, or - for paths on standard input, a line each.
+    # Image files, folders (searched recursively), quoted patterns, or - for paths on stdin, one per line.
     paths: Annotated[list[str], Positional, tyro.conf.arg(metavar="PATH...")]
-    # A table to read; a JSON object a line, or CSV with a header, for programs.
+    # A table for people; one JSON object per line, or CSV with a header, for programs.
     format: Literal["table", "jsonl", "csv"] = "table"
-    # Choose the positive class where its probability is at least this. Unset: the most probable class.
+    # Choose the positive class if its probability is at least this. Unset: choose the most probable class.
     threshold: float | None = None
-    # Class that --threshold speaks of. Unset: "hotdog" where that is one of two classes.
+    # Class that --threshold applies to. Unset: "hotdog" if it is one of two classes.
     positive_label: str | None = None
-    # Arithmetic: float32 (no), or bf16, up to twice as fast on GPUs and CPUs that have it; the probabilities
-    # are then a little other ones.
+    # Precision: float32 (no), or bf16, up to twice as fast on GPUs and CPUs that support it, with slightly
+    # different probabilities.
     precision: Literal["no", "bf16"] = "no"
-    # Images that go through the network together.
+    # Images per forward pass.
     batch_size: int = 32
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class PredictConfig:
 
 def main(config: PredictConfig) -> int:
     """Load the model, predict, print; return the exit code."""
-    # Imported here so that --help and a mistyped flag answer before numpy and torch are loaded.
+    # Imported here so that --help and a mistyped flag respond before numpy and torch are loaded.
     import signal
     import sys
 
@@ -61,10 +61,10 @@ def main(config: PredictConfig) -> int:
 
     predictor = load_predictor(config.model, config.precision)
     choose = decision_rule(predictor.label_names, config.positive_label, config.threshold)
-    # Ctrl-C and `| head` end it at once, without a word.
+    # Ctrl-C and `| head` end it at once, without a traceback.
     for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
-    # File names in another encoding leave as the bytes they came as.
+    # File names in another encoding are written as the bytes they were read as.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
     exit_code = 0

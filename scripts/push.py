@@ -20,18 +20,18 @@ from hotdog_hf.errors import UserError, exit_on_user_error
 class PushConfig:
     """Upload a trained model, or with --dataset a folder of photos, to the Hugging Face Hub."""
 
-    # Folder to upload (a run's model/), then the Hub name user/name; with --dataset the name alone.
+    # Folder to upload (a run's model/), then the Hub name user/name; with --dataset only the name.
     names: Positional[tuple[str, ...]]
     # Data folder to upload as an image-classification data set instead.
     dataset: str | None = None
-    # Make the repository private where it is new.
+    # Make the repository private if it is new.
     private: bool = False
-    # Branch to upload a model to, made where needed. Unset: main.
+    # Branch to upload a model to, created if needed. Unset: main.
     revision: str | None = None
 
 
 def main(config: PushConfig) -> None:
-    """Check the permission, then upload in one go."""
+    """Check the permission, then upload."""
     if len(config.names) != (1 if config.dataset else 2):
         raise UserError("give a model folder and a Hub name: MODEL user/name, or --dataset DIR user/name")
 
@@ -49,8 +49,8 @@ def main(config: PushConfig) -> None:
     else:
         folder = config.names[0]
         if not Path(folder).is_dir():
-            raise UserError(f"{folder} is no folder: give a run's model/")
-        saved.load_model(folder)  # what does not load is not worth uploading
+            raise UserError(f"{folder} is not a folder: give a run's model/")
+        saved.load_model(folder)  # raises if it cannot be loaded
         hub.check_can_push(repo)
         print(describe_upload(folder))
         print("pushed to", hub.push_folder(folder, repo, private=config.private, revision=config.revision))

@@ -1,8 +1,8 @@
-"""Judge a saved model on a split of photos: numbers with intervals, a table, and one page to look at.
+"""Evaluate a saved model on a split of photos: metrics with intervals, predictions, and an HTML page.
 
 python scripts/report.py runs/demo/model --data-dir data/sample            # writes report/report.html
 python scripts/report.py user/name --data-dir my/photos --split validation --output-dir my/report
-accelerate launch scripts/report.py runs/demo/model --data-dir data/sample # on every GPU, the same numbers
+accelerate launch scripts/report.py runs/demo/model --data-dir data/sample # on all GPUs, same results
 """
 
 from dataclasses import dataclass
@@ -17,26 +17,26 @@ from hotdog_hf.errors import exit_on_user_error
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Judge a saved model on a split of photos, and write metrics.json, predictions.csv and report.html."""
+    """Evaluate a saved model on a split of photos, and write metrics.json, predictions.csv, report.html."""
 
-    # Folder of a saved model, or a Hub name (user/name, with @revision where wanted).
+    # Folder of a saved model, or a Hub name (user/name, optionally with @revision).
     model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
     # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*, or hf://datasets/user/name.
     data_dir: str = DEFAULT_DATA_DIR
-    # Photos to judge by. Those of validation also choose a threshold, those of train were learned.
+    # Split to evaluate. Validation is also used to choose a threshold; the model has learned train.
     split: Literal["test", "validation", "train"] = "test"
-    # Share of train to cut off as the validation split. Unset: what the training cut off, where MODEL lies in
-    # its run's folder and these are its photos; else none.
+    # Share of train to split off for validation. Unset: the run's, if MODEL is in its run's folder and these
+    # are its photos; else none.
     val_fraction: float | None = None
-    # Seed of that cut. Unset: the training's, or 0.
+    # Seed of that split. Unset: the run's, or 0.
     seed: int | None = None
-    # Photos that cannot be read: end with their names, or go on without.
+    # Photos that cannot be read: stop and name them, or skip them.
     bad_images: Literal["fail", "skip"] = "fail"
-    # Where the report goes; an earlier one there is replaced.
+    # Folder of the report; replaces an earlier one.
     output_dir: str = "report"
-    # Class that precision, recall, F1 and the threshold speak of. Unset: "hotdog" where that class exists.
+    # Class that precision, recall, F1 and the threshold are computed for. Unset: "hotdog" if it exists.
     positive_label: str | None = None
-    # Images that go through the network together, per process.
+    # Images per forward pass, per process.
     batch_size: int = 32
 
     def __post_init__(self) -> None:
@@ -45,14 +45,14 @@ class ReportConfig:
         self.photos(0.0)
 
     def photos(self, usual_fraction: float) -> DataConfig:
-        """Return which photos are meant, as a training would say it."""
+        """Return the photos as a training config."""
         fraction = usual_fraction if self.val_fraction is None else self.val_fraction
         return DataConfig(data_dir=self.data_dir, val_fraction=fraction, bad_images=self.bad_images)
 
 
 def main(config: ReportConfig) -> None:
     """Load model and photos, predict, write."""
-    # Imported here so that --help and a mistyped flag answer before torch is loaded.
+    # Imported here so that --help and a mistyped flag respond before torch is loaded.
     import shlex
     import sys
 
@@ -60,7 +60,7 @@ def main(config: ReportConfig) -> None:
     from hotdog_hf.training import launch
 
     folder = page.check_output_dir(config.output_dir)
-    # In float32, as scripts/predict.py and every other loader of the folder compute.
+    # In float32, like scripts/predict.py and every other loader of the folder.
     accelerator = launch.build_accelerator("no")
     net = runner.load_model(accelerator, config.model)
     knobs = runner.run_knobs(config.model)
@@ -82,7 +82,7 @@ def main(config: ReportConfig) -> None:
             command=shlex.join(["python", *sys.argv]),
         )
         print(page.describe(summary), f"report: {folder / 'report.html'}", sep="\n")
-    del net, evaluation  # a distributed network that is alive at exit may abort the process
+    del net, evaluation  # a distributed network still alive at exit may abort the process
     launch.finish(accelerator)
 
 

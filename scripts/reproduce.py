@@ -1,10 +1,10 @@
-"""The chapter's claim and its exercises as one study, with numbers one can trust.
+"""Run the chapter's comparison and its exercises as one study over several seeds.
 
 accelerate launch scripts/reproduce.py                                    # all of it, on the chapter's photos
 accelerate launch scripts/reproduce.py --data-dir my/photos --seeds 3 --only finetune scratch best
-python scripts/reproduce.py --only rates --image-size 128                 # one exercise, on smaller pictures
+python scripts/reproduce.py --only rates --image-size 128                 # one exercise, on smaller images
 
-Runs that are finished are not run again: the same command goes on where it was stopped.
+Finished runs are not repeated: the same command resumes an interrupted study.
 """
 
 import tyro
@@ -14,8 +14,8 @@ from hotdog_hf.study.plan import ReproduceConfig
 
 
 def main(config: ReproduceConfig) -> None:
-    """Plan the runs, train those that are missing, and write what they show."""
-    # Imported here so that --help and a mistyped flag answer before torch is loaded.
+    """Plan the runs, train those that are missing, and write the results."""
+    # Imported here so that --help and a mistyped flag respond before torch is loaded.
     from hotdog_hf.study import runner
     from hotdog_hf.training import launch
 

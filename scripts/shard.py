@@ -1,4 +1,4 @@
-"""Pack a data folder into Parquet shards, which scripts/train.py --streaming reads as it needs them.
+"""Pack a data folder into Parquet shards for scripts/train.py --streaming.
 
 python scripts/shard.py my/photos my/shards
 python scripts/train.py --data-dir my/shards --streaming
@@ -15,17 +15,17 @@ from hotdog_hf.errors import exit_on_user_error
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """Pack photos, shuffled and as their files are, into shards; the source stays as it is."""
+    """Pack the files of photos, shuffled, into Parquet shards; the source is left unchanged."""
 
     # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*.
     source: Annotated[str, Positional, tyro.conf.arg(metavar="SOURCE")]
-    # Folder to make.
+    # Folder to create.
     target: Annotated[str, Positional, tyro.conf.arg(metavar="TARGET")]
-    # Photos in a shard at most. A number of shards that the processes divide is read fastest.
+    # At most so many photos per shard. Reading is fastest if the processes divide the number of shards.
     photos_a_shard: int = 2000
-    # Photos that cannot be read: end with their names, or go on without them.
+    # Photos that cannot be read: stop and name them, or skip them.
     bad_images: Literal["fail", "skip"] = "fail"
-    # Another seed, another order.
+    # Seed of the order.
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -34,8 +34,8 @@ class ShardConfig:
 
 
 def main(config: ShardConfig) -> None:
-    """Check the photos, pack them, and say what came out."""
-    # Imported here so that --help and a mistyped flag answer at once.
+    """Check the photos, pack them, and print what was written."""
+    # Imported here so that --help and a mistyped flag respond at once.
     from pathlib import Path
 
     from hotdog_hf import files

@@ -1,4 +1,4 @@
-"""Make a data folder with train/ and test/ of a folder with one folder a class.
+"""Split a folder with one subfolder per class into a data folder with train/ and test/.
 
 python scripts/split.py pictures my/photos                                # a fifth to test
 python scripts/split.py pictures my/photos --test-fraction 0.1 --val-fraction 0.1 --seed 1
@@ -15,26 +15,26 @@ from hotdog_hf.errors import exit_on_user_error
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Divide photos into train, test and, where wanted, validation; the source stays as it is."""
+    """Split photos into train, test and, if wanted, validation; the source is left unchanged."""
 
     # Folder with <class>/*, two classes or more.
     source: Annotated[str, Positional, tyro.conf.arg(metavar="SOURCE")]
-    # Folder to make.
+    # Folder to create.
     target: Annotated[str, Positional, tyro.conf.arg(metavar="TARGET")]
-    # Share of each class to test by.
+    # Share of each class for test.
     test_fraction: float = 0.2
-    # Share of each class to judge epochs by (0: no validation split).
+    # Share of each class for validation (0: no validation split).
     val_fraction: float = 0.0
-    # Another seed, another division.
+    # Seed of the split.
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not (0 < self.test_fraction < 1 and 0 <= self.val_fraction < 1 - self.test_fraction):
-            raise ValueError("--test-fraction is above 0, --val-fraction 0 or more, both together below 1")
+            raise ValueError("--test-fraction must be above 0, --val-fraction 0 or more, their sum below 1")
 
 
 def main(config: SplitConfig) -> None:
-    """Divide, and say what came out."""
+    """Split, and print the counts."""
     from hotdog_hf.data.folder import split_folder
 
     shares = {"test": config.test_fraction}
@@ -48,7 +48,7 @@ def main(config: SplitConfig) -> None:
         print(
             f"left out: {len(left_out)} files not named as images or outside <class>/*, first {left_out[0]}"
         )
-    print(f"look for copies that differ in their bytes: python scripts/check_data.py {config.target}")
+    print(f"to look for near duplicates: python scripts/check_data.py {config.target}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Fine-tune a pretrained image classifier on a folder of photos.
 
 accelerate launch scripts/train.py                                  # the chapter: hot dogs, ResNet-18
-accelerate launch scripts/train.py --recipe scratch                 # its comparison, from random weights
+accelerate launch scripts/train.py --recipe scratch                 # the comparison: random weights
 accelerate launch scripts/train.py --data-dir my/photos --weights my.safetensors --epochs 10
 python scripts/train.py --help                                      # every knob
 """
@@ -11,8 +11,8 @@ from hotdog_hf.errors import exit_on_user_error
 
 
 def main(config: TrainConfig) -> None:
-    """Train one network by the config, on the hardware that the launcher gave."""
-    # Imported here so that --help and a mistyped flag answer before torch is loaded.
+    """Train one network on the hardware that the launcher provides."""
+    # Imported here so that --help and a mistyped flag respond before torch is loaded.
     from hotdog_hf import hub
     from hotdog_hf.model.licenses import describe_upload
     from hotdog_hf.training import launch
@@ -27,7 +27,7 @@ def main(config: TrainConfig) -> None:
         may_shard=True,
     )
     if config.hub.push_to_hub and accelerator.is_main_process:
-        hub.check_can_push(config.hub.push_to_hub)  # what the Hub would refuse is refused now
+        hub.check_can_push(config.hub.push_to_hub)  # fails now, not after the training
     stop = StopSignal()
     run_dir = train(config, accelerator, stop)
     if run_dir and config.hub.push_to_hub and accelerator.is_main_process:

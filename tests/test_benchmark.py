@@ -380,7 +380,7 @@ def test_our_training_is_timed_from_its_first_step(photos_dir, tiny_weights, tmp
         (("--data-dir", "no/such/folder"), "error: no such data folder: no/such/folder"),
         (("--data-dir", "hf://datasets/a/b"), "error: the benchmark compares with loops that read folders"),
         (("--repeats", 0), "--repeats must be at least 1, got 0"),
-        (("--recipes", "probe"), "--recipes must have chapter among them"),
+        (("--recipes", "probe"), "--recipes must include chapter"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(wrong, message, tmp_path):

@@ -51,14 +51,14 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
         ("--recipe frozen --epochs 0", "--epochs needs --head-init probe or class-vector, got 0"),
         ("--recipe best --epochs -1", "--epochs must be 0 or more"),
         ("--augmentation none --cache-features", "--cache-features .* add --freeze-body"),
-        ("--freeze-body --cache-features", "--augmentation must be none where features are cached"),
-        ("--recipe probe --augmentation crop", "--augmentation must be none where features are cached"),
+        ("--freeze-body --cache-features", "--augmentation must be none if features are cached"),
+        ("--recipe probe --augmentation crop", "--augmentation must be none if features are cached"),
         ("--source-class hotdog=934", "--source-class needs --head-init class-vector"),
         ("--recipe class-vector --source-class cat=tabby 934", r"--source-class is name=class, .*'934'\]"),
         ("--probe-views 2", "--probe-views needs --head-init probe and --augmentation crop .*, got 2"),
         ("--recipe probe --probe-views 2", "--probe-views needs --head-init probe and --augmentation crop"),
         ("--recipe best --probe-views -1", "--probe-views must be 0 or more, got -1"),
-        ("--recipe frozen --ema-decay 0.9", "--ema-decay is not for --cache-features"),
+        ("--recipe frozen --ema-decay 0.9", "--ema-decay does not work with --cache-features"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused_with_the_reason(flags, message, capsys):
@@ -109,7 +109,7 @@ def test_every_recipe_is_found_by_its_own_name():
 
 
 def test_a_config_made_in_python_is_checked_too():
-    with pytest.raises(ValueError, match="--momentum belongs to --optimizer sgd"):
+    with pytest.raises(ValueError, match="--momentum is for --optimizer sgd"):
         OptimConfig(optimizer="adamw", momentum=0.9)
 
 

@@ -1,4 +1,4 @@
-"""Output layers that know something before training, and the recipes that start from them."""
+"""Output layers that predict before training, and the recipes that start from them."""
 
 import csv
 

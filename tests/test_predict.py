@@ -388,7 +388,7 @@ def read_terminal(descriptor):
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (("--help",), 0, "Paths on standard input"),
+        (("--help",), 0, "Paths on stdin"),
         (("model.onnx",), 2, "PATH... is missing"),
         (("model.onnx", "a.png", "--threshold", "1.5"), 2, "--threshold must be from 0 to 1, got 1.5"),
         (("model.onnx", "a.png", "--batch-size", "0"), 2, "--batch-size must be at least 1, got 0"),

@@ -491,7 +491,7 @@ def test_help_and_a_mistyped_flag_answer_before_torch_is_loaded():
     tell += "atexit.register(lambda: print('torch:', 'torch' in sys.modules));"
     tell += "runpy.run_path(sys.argv[0], run_name='__main__')"
     for flags, code, message in (
-        (["--help"], 0, "Class that precision, recall, F1 and the threshold speak of"),
+        (["--help"], 0, "Class that precision, recall, F1 and the threshold are computed for"),
         (["model", "--batch-size", "0"], 2, "--batch-size must be at least 1, got 0"),
     ):
         done = run("python", "-c", tell, REPORT, *flags)

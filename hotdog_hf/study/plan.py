@@ -1,4 +1,4 @@
-"""Which runs the study consists of."""
+"""The runs of the study."""
 
 import dataclasses
 import hashlib
@@ -9,19 +9,19 @@ from typing import Literal, get_args
 
 from hotdog_hf.config import DEFAULT_DATA_DIR, HARMLESS, RECIPES, TrainConfig, flatten, to_dict
 
-# The arms by name: the recipe, and what the table calls it.
+# The arms by name: the recipe, and its name in the table.
 ARMS = {
     "finetune": ("chapter", "fine-tuned (the chapter)"),
     "scratch": ("scratch", "from scratch"),
     "frozen": ("frozen", "body frozen (exercise 3)"),
     "class-vector": ("class-vector", "from the source's class vector (exercise 4)"),
-    "probe": ("probe", "solved head, no training"),
+    "probe": ("probe", "fitted head, no training"),
     "best": ("best", "our recipe"),
 }
 # Exercise 1: the chapter's rate times these. Exercise 2: every pair of these factors and weight decays.
 RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 GRID_FACTORS, GRID_DECAYS = (0.3, 1.0, 3.0), (0.0001, 0.001, 0.01)
-# What else was tried for the recipe "best", each judged on a validation split alone.
+# What else was tried for the recipe "best", each evaluated only on a validation split.
 VARIANTS: dict[str, dict] = {
     "best": {},
     "probe without crops": {"probe_views": 0},
@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict] = {
     "label smoothing 0.1": {"label_smoothing": 0.1},
     "lower layers slower": {"layer_decay": 0.7},
 }
-# Knobs of the study that every run takes over.
+# Knobs of the study that every run shares.
 COMMON = (
     "data_dir",
     "model",
@@ -49,7 +49,7 @@ COMMON = (
     "num_workers",
     "num_threads",
 )
-# Share of train that judges the grid and the variants.
+# Share of train that the grid and the variants are evaluated on.
 CHOICE_FRACTION = 0.2
 
 
@@ -69,26 +69,26 @@ class ReproduceConfig:
     model: str = "resnet18"
     # "auto", "bundled", or a .safetensors/.pth file.
     weights: str = "auto"
-    # Source classes of ours, as in hotdog=934, where the names are not the source's own.
+    # Source classes, as in hotdog=934, if the class names are not the source's.
     source_class: tuple[str, ...] = ()
-    # Seeds 0, 1, ... of each arm (rates and grid have one seed, variants at most two).
+    # Number of seeds (0, 1, ...) of each arm. Rates and grid have one, variants at most two.
     seeds: int = 5
-    # What to run: rates is exercise 1, grid exercise 2, variants what was tried for "best"; the others are
-    # the arms. Unset: all but the variants.
+    # What to run: the arms by name, exercise 1 (rates), exercise 2 (grid), and what was tried for "best"
+    # (variants). Unset: all but the variants.
     only: tuple[Experiment, ...] = EXPERIMENTS[:-1]
     # Epochs of every run but the probe's. Unset: each recipe's own.
     epochs: int | None = None
     # Side of the square input in pixels. Unset: the model's own.
     image_size: int | None = None
-    # Class that precision, recall and the zero-shot question speak of. Unset: "hotdog" where it exists.
+    # Class that precision, recall and the zero-shot score are computed for. Unset: "hotdog" if it exists.
     positive_label: str | None = None
-    # Photos that cannot be read: end with their names, or go on without them.
+    # Photos that cannot be read: stop and name them, or skip them.
     bad_images: Literal["fail", "skip"] = "fail"
     # Loader processes. Unset: as in scripts/train.py.
     num_workers: int | None = None
-    # Threads of a process on a CPU. Unset: the cores, shared out among the processes.
+    # CPU threads per process. Unset: the cores divided among the processes.
     num_threads: int | None = None
-    # Where the study goes.
+    # Folder of the study.
     output_dir: str = "runs/reproduce"
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class ReproduceConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """One training of the study: its place in it, and its config."""
+    """One training run of the study: its place in it, and its config."""
 
     experiment: str
     name: str
@@ -106,9 +106,9 @@ class Run:
     config: TrainConfig
 
     def folder(self, study_dir: Path, photos: dict, num_processes: int) -> Path:
-        """Return the run's folder: another one for another config, other photos, or other processes."""
+        """Return the run's folder, which depends on config, photos and number of processes."""
         usual = flatten(to_dict(TrainConfig()))
-        # What is as usual is left out, so that a knob that is new in a later version changes no folder.
+        # Default values are left out, so that a knob added in a later version changes no folder.
         knobs = {
             name: value
             for name, value in flatten(to_dict(self.config)).items()
@@ -131,11 +131,11 @@ def override(config: TrainConfig, **knobs: object) -> TrainConfig:
 def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
     """Return the runs of one experiment, with the `common` knobs (data, model, size) on top of its recipe.
 
-    Raises `ValueError` for knobs that do not go together.
+    Raises `ValueError` for knobs that contradict each other.
     """
 
     def run(name: str, recipe: str, seed: int = 0, **knobs: object) -> Run:
-        # Knobs that are part of a recipe, or of no use to it.
+        # Knobs that a recipe sets itself, or does not use.
         kept_out = {
             "weights": recipe == "scratch",
             "source_class": recipe != "class-vector",
