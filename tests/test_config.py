@@ -54,7 +54,10 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
         ("--freeze-body --cache-features", "--augmentation must be none if features are cached"),
         ("--recipe probe --augmentation crop", "--augmentation must be none if features are cached"),
         ("--source-class hotdog=934", "--source-class needs --head-init class-vector"),
-        ("--recipe class-vector --source-class cat=tabby 934", r"--source-class must be name=class, .*'934'\]"),
+        (
+            "--recipe class-vector --source-class cat=tabby 934",
+            r"--source-class must be name=class, .*'934'\]",
+        ),
         ("--probe-views 2", "--probe-views needs --head-init probe and --augmentation crop .*, got 2"),
         ("--recipe probe --probe-views 2", "--probe-views needs --head-init probe and --augmentation crop"),
         ("--recipe best --probe-views -1", "--probe-views must be 0 or more, got -1"),

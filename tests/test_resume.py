@@ -252,8 +252,8 @@ def test_a_signal_stops_after_the_step_and_the_printed_command_goes_on(
     os.killpg(process.pid, number)  # as a terminal does: workers get it too
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert "stopping after the next training step, and saving" in err and "Traceback" not in err
-    [command] = re.findall(r"go on with: python (.*)", out)
+    assert "stopping after the next training step and saving" in err and "Traceback" not in err
+    [command] = re.findall(r"resume with: python (.*)", out)
     done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same_run(run_dir, reference)
@@ -379,7 +379,7 @@ def test_two_runs_into_one_folder_at_once_are_refused(start, train, photos_dir, 
 @pytest.mark.parametrize(
     ("resume", "output_dir", "message"),
     [
-        ("auto", None, "--resume auto looks into --output-dir"),
+        ("auto", None, "--resume auto needs --output-dir"),
         ("{tmp}", None, "no checkpoint there"),
         ("{run}", "{tmp}", "leave out --output-dir"),
     ],
@@ -420,7 +420,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rates_and_photos(train, photo
 def test_weights_that_the_last_step_of_an_epoch_broke_stop_the_run_too(train, photos_dir, tmp_path):
     done = train(photos_dir, tmp_path / "run", "--learning-rate", 1e30, "--batch-size", 1000, "--epochs", 1)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "epoch 1, after 1 steps: the network's answer became NaN, on" in done.stderr
+    assert "epoch 1, after 1 steps: the network's output became NaN on" in done.stderr
     assert not (tmp_path / "run/model").exists()
 
 

@@ -183,7 +183,7 @@ def test_bad_photos_are_skipped_when_told_to_and_listed(train, photos_dir, tmp_p
 
 def test_two_runs_do_not_share_a_folder(chapter_run, train, photos_dir):
     done = train(photos_dir, chapter_run[1])
-    assert done.returncode == 2 and "holds a run already" in done.stderr
+    assert done.returncode == 2 and "already holds a run" in done.stderr
 
 
 def test_the_default_data_is_downloaded_or_the_error_says_how(train, tmp_path):

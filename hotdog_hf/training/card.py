@@ -15,7 +15,7 @@ from hotdog_hf.model.licenses import card_license, license_warning
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What a card says of a model."""
+    """The facts on a model card."""
 
     name: str
     # The run's config, in groups.
@@ -65,7 +65,7 @@ def write_card(run_dir: str | os.PathLike, facts: CardFacts) -> Path:
             _license(facts.license),
         ]
     )
-    huggingface_hub.ModelCard(text)  # raises where the metadata is not valid
+    huggingface_hub.ModelCard(text)  # raises if the metadata is not valid
     write_text(folder / "README.md", text + "\n")
     return folder / "README.md"
 
@@ -115,8 +115,8 @@ def _usage(folder: Path, data_config: dict) -> str:
     return f"""## Use
 
 The input is {size} pixels ({data_config["interpolation"]}, {data_config["crop_mode"]} crop of
-{data_config["crop_pct"]:.3f}); every loader below reads that from `config.json`. Put the folder or the Hub
-name for `MODEL`.
+{data_config["crop_pct"]:.3f}); every loader below reads that from `config.json`. Replace `MODEL` by the
+folder or the Hub name.
 
 ```python
 # transformers
@@ -210,11 +210,11 @@ def _limits(label_names: list[str], counts: dict, scores: dict) -> str:
         f"It was wrong on {wrong} of {total} test photos; most often ({matrix[worst][confused]} times) it"
         f" took {_text(label_names[worst])} for {_text(label_names[confused])}."
         if wrong
-        else f"It made no mistake on {total} test photos, which does not mean that it makes none."
+        else f"It made no mistake on {total} test photos, which does not mean that it never will."
     )
     return (
         "## Limits and intended use\n\n"
-        "Meant for photos like those it was trained on. It always answers with one of its"
+        "Meant for photos like those it was trained on. It always predicts one of its"
         f" {len(label_names)} classes, also for pictures of anything else. {mistakes} With {total} test"
         f" photos the accuracy has a standard error of {error:.1%}. Try it on your own photos before you rely"
         " on it; it is not made for decisions about people."

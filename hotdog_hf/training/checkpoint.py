@@ -1,4 +1,4 @@
-"""The whole state of a run on disk, so that a killed run goes on to the very bit.
+"""The complete state of a run on disk, so that a killed run resumes bit for bit.
 
 A checkpoint is a folder of plain data: `state.safetensors` holds every tensor (weights, optimizer, torch's
 random state), `state.json` the rest (optimizer hyperparameters, schedule, gradient scaler, Python's and
@@ -30,9 +30,9 @@ from hotdog_hf.training.state import Progress, TrainState
 
 
 def save(run_dir: Path, accelerator: Accelerator, state: TrainState, keep: int) -> Path:
-    """Write `run_dir/checkpoints/step-NNNNNNNN`, whole or not at all, and drop all but the newest `keep`.
+    """Write `run_dir/checkpoints/step-NNNNNNNN` atomically, and delete all but the newest `keep`.
 
-    To be called by every process. Raises `UserError` where the loss or the disk does not allow it; the
+    Must be called by every process. Raises `UserError` if the state is not finite or cannot be written; the
     earlier checkpoints stay.
     """
     tensors, optimizer_content = _split_state(accelerator, state)
@@ -75,7 +75,7 @@ def save(run_dir: Path, accelerator: Accelerator, state: TrainState, keep: int) 
 
 
 def _split_state(accelerator: Accelerator, state: TrainState) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return the named tensors of model, average and optimizer, and what else the optimizer holds."""
+    """Return the named tensors of model, average and optimizer, and the rest of the optimizer's state."""
     model = accelerator.unwrap_model(state.model)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     if state.average is not None:
@@ -92,7 +92,7 @@ def _split_state(accelerator: Accelerator, state: TrainState) -> tuple[dict[str,
 
 def _first_not_finite(tensors: dict[str, torch.Tensor], model: torch.nn.Module) -> str | None:
     """Return the name of a tensor that holds NaN or infinity on this process, or None."""
-    # A network may hold infinity as a bound or a mask, but not in weights or in BatchNorm's statistics.
+    # Infinity is allowed in buffers, as a bound or a mask, but not in weights or BatchNorm statistics.
     buffers = (name for name, _ in model.named_buffers() if not name.endswith(("_mean", "_var")))
     constants = {f"{prefix}{name}" for name in buffers for prefix in ("model.", "average.module.")}
     local = zip(tensors, sharding.local(list(tensors.values())), strict=True)
@@ -106,9 +106,9 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], content: dict) -> Non
 
 
 def _prune(newest: Path, keep: int) -> None:
-    """Drop all checkpoints but `newest` and those before it, `keep` in all.
+    """Delete all checkpoints but `newest` and those before it, `keep` in total.
 
-    Those after it are of a future that a resume from an earlier checkpoint has given up.
+    Later ones are left over from before a resume from an earlier checkpoint.
     """
     finished = _finished(newest.parent)
     position = finished.index(newest) + 1
@@ -116,12 +116,12 @@ def _prune(newest: Path, keep: int) -> None:
         if left not in finished:
             shutil.rmtree(left)
     for old in [*reversed(finished[position:]), *finished[: max(position - keep, 0)]]:
-        # Renamed first, so that one that is half removed is never taken for a checkpoint.
+        # Renamed first, so that a half-deleted one is never taken for a checkpoint.
         shutil.rmtree(old.rename(old.with_suffix(".part")))
 
 
 def _finished(checkpoints: Path) -> list[Path]:
-    """Return the whole checkpoints, oldest first; `.old` counts if a kill came before its successor."""
+    """Return the complete checkpoints, oldest first; `.old` counts if a kill came before its successor."""
     return sorted(
         path
         for path in checkpoints.glob("step-*")
@@ -135,13 +135,13 @@ def steps_of(checkpoint: Path) -> int:
 
 
 def latest(run_dir: str | os.PathLike, before: float = math.inf) -> Path | None:
-    """Return the newest checkpoint of a run, if need be of those `before` so many steps, or None."""
+    """Return the newest checkpoint of a run with less than `before` steps, or None."""
     found = [path for path in _finished(Path(run_dir) / "checkpoints") if steps_of(path) < before]
     return found[-1] if found else None
 
 
 def _newest_readable(run_dir: str | os.PathLike) -> Path | None:
-    """Return the newest checkpoint that can be read, or None; say so if a newer one cannot be read.
+    """Return the newest checkpoint that can be read, or None; warn if a newer one cannot be read.
 
     Raises `UserError` if there are checkpoints and none of them can be read.
     """
@@ -165,14 +165,14 @@ def _newest_readable(run_dir: str | os.PathLike) -> Path | None:
 def find(resume: str | None, output_dir: str | None) -> Path | None:
     """Return the checkpoint that `--resume` means: "auto", a run's folder, or a checkpoint's folder.
 
-    "auto" is the newest one in `--output-dir`, or None where there is none yet. Raises `UserError` for a path
+    "auto" is the newest one in `--output-dir`, or None if there is none yet. Raises `UserError` for a path
     without a checkpoint.
     """
     if resume is None:
         return None
     if resume == "auto":
         if output_dir is None:
-            raise UserError("--resume auto looks into --output-dir; give that, or --resume RUN_FOLDER")
+            raise UserError("--resume auto needs --output-dir; give that, or --resume RUN_FOLDER")
         return _newest_readable(output_dir)
     path = Path(resume)
     found = path if (path / "state.json").is_file() else _newest_readable(path)
@@ -180,7 +180,7 @@ def find(resume: str | None, output_dir: str | None) -> Path | None:
         raise UserError(f"--resume {resume}: no checkpoint there (a run's folder has them in checkpoints/)")
     if output_dir is not None and Path(output_dir).resolve() != run_dir_of(found).resolve():
         raise UserError(
-            f"--resume {resume} goes on in {run_dir_of(found)}; leave out --output-dir {output_dir}"
+            f"--resume {resume} continues in {run_dir_of(found)}; leave out --output-dir {output_dir}"
         )
     return found
 
@@ -215,7 +215,7 @@ def epoch_of(folder: Path) -> int:
 
 
 def load(content: tuple[dict[str, torch.Tensor], dict], accelerator: Accelerator, state: TrainState) -> None:
-    """Put everything back into `state` as `read` found it."""
+    """Load `content`, as returned by `read`, into `state`."""
     tensors, plain = content
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "random": {}}
     for name, value in tensors.items():
@@ -250,9 +250,9 @@ def load(content: tuple[dict[str, torch.Tensor], dict], accelerator: Accelerator
 
 
 def _laid_out_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return a parameter's piece of a whole state tensor, in memory as an optimizer would have made it.
+    """Return this process's part of a full state tensor, with the memory layout of its parameter.
 
-    Fused kernels walk through a weight and its state in the order of the memory: both must have one order.
+    Fused kernels walk through a weight and its state in memory order, so both must have the same layout.
     """
     value = sharding.shard_like(value, parameter)
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

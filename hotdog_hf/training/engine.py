@@ -1,4 +1,4 @@
-"""The loop over steps: the only place where training and evaluation pass through the network."""
+"""The loop over steps: the only forward and backward passes of training and evaluation."""
 
 import contextlib
 import copy
@@ -21,21 +21,21 @@ BAR_REFRESH_SECONDS = 0.5
 
 
 class NonFiniteLossError(UserError):
-    """The loss, or an answer of the network, has become NaN or infinite."""
+    """The loss, or an output of the network, has become NaN or infinite."""
 
 
 def measure_speed(
     accelerator: Accelerator, net: torch.nn.Module, image_size: int, batch_size: int = 16
 ) -> tuple[float, float]:
-    """Return the seconds that a photo in memory takes in training and in evaluation, over all processes.
+    """Return the seconds per photo of training and of evaluation on photos in memory, over all processes.
 
-    By one pass each of `batch_size` photos through a copy of `net`.
+    Measured with one pass each of `batch_size` photos through a copy of `net`.
     """
     if not sharding.is_sharded(net):
         net = copy.deepcopy(net).to(accelerator.device, memory_format=MEMORY_FORMAT)
     images = torch.zeros(batch_size, 3, image_size, image_size, device=accelerator.device)
     images, seconds = images.to(memory_format=MEMORY_FORMAT), []
-    for learn in (True, True, False):  # the first only warms up
+    for learn in (True, True, False):  # the first is a warm-up
         started = time.perf_counter()
         net.train(learn)
         with torch.set_grad_enabled(learn), accelerator.autocast():
@@ -58,8 +58,8 @@ def train_steps(
     """Train over the rest of an epoch; after every optimizer step, yield the seconds spent waiting for data.
 
     Each batch of `loader` is this process's share of one step. `state.totals` [3] (sums of loss, correct
-    predictions, photos) grows in place: measured on the augmented photos while the weights change, as in the
-    chapter. `eval_modules` stay in evaluation mode. Raises `NonFiniteLossError`.
+    predictions, photos) is updated in place: measured on the augmented photos while the weights change, as in
+    the chapter. `eval_modules` stay in evaluation mode. Raises `NonFiniteLossError`.
     """
     set_train_mode(state.model, eval_modules)
     check_finite = FiniteCheck(accelerator, loader.dataset)
@@ -86,23 +86,23 @@ def forward_backward(
     step_size: int,
     config: OptimConfig,
 ) -> torch.Tensor:
-    """Add up the gradients of one step, micro-batch by micro-batch; return this process's sum of the losses.
+    """Accumulate the gradients of one step over its micro-batches; return this process's sum of the losses.
 
     `batch` is this process's share of the `step_size` photos of the step.
     """
     images = dataset.network_input(batch["pixel_values"].to(accelerator.device, non_blocking=True))
     labels = batch["labels"].to(accelerator.device, non_blocking=True)
-    # DDP averages the gradients of the processes: times their number they are the sum over the whole batch,
-    # exact for a short last batch too; divided by its size they are the mean.
+    # DDP averages the gradients over the processes: times their number this is the sum over the whole batch,
+    # also for a short last batch; divided by its size it is the mean.
     scale = accelerator.num_processes / (step_size if config.loss_reduction == "mean" else 1)
     sharded = sharding.is_sharded(state.model)
     micro_batches = split_batch(images, labels, config.gradient_accumulation_steps, sharded)
     step_loss = torch.zeros((), device=accelerator.device)
     for number, (images, labels) in enumerate(micro_batches, start=1):
-        # Copies of the network (DDP) exchange gradients once a step; shards (FSDP) would keep whole ones.
+        # DDP exchanges gradients once per step; FSDP would otherwise keep them unsharded.
         sync_gradients = sharded or number == len(micro_batches)
         with contextlib.nullcontext() if sync_gradients else accelerator.no_sync(state.model):
-            with accelerator.autocast():  # FSDP does not bring it along, as DDP does
+            with accelerator.autocast():  # FSDP does not bring its own, as DDP does
                 logits = state.model(images).float()
             loss = F.cross_entropy(
                 logits,
@@ -122,8 +122,8 @@ def split_batch(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Split a batch into at most `count` micro-batches; exactly `count` if the network is sharded.
 
-    Sharded processes fetch the weights together, so each needs the same number of passes: a short batch is
-    filled up with micro-batches whose labels the loss ignores.
+    Sharded processes gather the weights together, so each needs the same number of passes: a short batch is
+    padded with micro-batches whose labels the loss ignores.
     """
     micro_batches = list(zip(images.chunk(count), labels.chunk(count), strict=True))
     if not sharded:
@@ -171,7 +171,7 @@ class FiniteCheck:
         self.pending: tuple[HostCopy, torch.Tensor, list[float]] | None = None
 
     def __call__(self, loss: torch.Tensor, indices: torch.Tensor, rates: list[float]) -> None:
-        """Check the loss of the step before; keep this one with its photos and learning rates."""
+        """Check the loss of the previous step; keep this one with its photos and learning rates."""
         self.last()
         self.pending = HostCopy(self.accelerator.reduce(loss)), indices, rates
 
@@ -191,19 +191,19 @@ class FiniteCheck:
 
 
 def timed_batches(loader: torch.utils.data.DataLoader) -> Iterator[tuple[dict, int, float]]:
-    """Yield each batch, its number of photos over all processes, and the seconds it kept the loop waiting."""
+    """Yield each batch, its number of photos over all processes, and the seconds the loop waited for it."""
     batches, step_sizes = iter(loader), iter(loader.batch_sampler.step_sizes())
     while True:
         started = time.perf_counter()
         batch = next(batches, None)
         if batch is None:
-            assert next(step_sizes, None) is None, "every announced batch must come"
+            assert next(step_sizes, None) is None, "the loader must yield every batch it announces"
             return
         yield batch, next(step_sizes), time.perf_counter() - started
 
 
 def progress_bar(accelerator: Accelerator, loader: torch.utils.data.DataLoader, title: str) -> tqdm:
-    """Return the bar of an epoch, in photos, advanced by those that a resumed epoch leaves out."""
+    """Return the progress bar of an epoch, in photos, advanced by those that a resumed epoch skips."""
     sampler = loader.batch_sampler
     return tqdm(
         desc=title,
@@ -292,7 +292,7 @@ def predict(
     if (broken := ~probabilities.isfinite().all(dim=1)).any():
         first = loader.dataset.name_of(int(broken.nonzero()[0]))
         raise NonFiniteLossError(
-            f"the network's answer became NaN, on {int(broken.sum())} photos: {first}, ..."
+            f"the network's output became NaN on {int(broken.sum())} photos: {first}, ..."
         )
     return probabilities, labels
 
@@ -301,9 +301,9 @@ def predict(
 def pooled_features(
     accelerator: Accelerator, net: torch.nn.Module, loader: torch.utils.data.DataLoader, title: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what the output layer of the bare network `net` gets, [N, D], and labels [N], as `predict` does.
+    """Return the input of the output layer of the bare network `net`, [N, D], and labels [N], like `predict`.
 
-    Raises `UserError` for a network whose answer is not its output layer of these.
+    Raises `UserError` if the network's output is not that of its output layer.
     """
     net.eval()
     passed: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -313,7 +313,7 @@ def pooled_features(
         with accelerator.autocast():
             output = net(images)
         if len(passed) != 1 or not torch.equal(passed[0][1], output):
-            raise UserError("this model does more than one linear layer to its features; choose another")
+            raise UserError("this model has more than one linear layer after its features; choose another")
         return passed[0][0].float()
 
     hook = net.get_classifier().register_forward_hook(
@@ -346,5 +346,5 @@ def _gather(
             raise launch.StoppedError
     outputs, labels = torch.cat(outputs), torch.cat(labels)
     expected = len(loader.dataset)
-    assert len(labels) == expected, f"{len(labels)} answers for {expected} photos"
+    assert len(labels) == expected, f"{len(labels)} outputs for {expected} photos"
     return outputs, labels

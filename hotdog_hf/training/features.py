@@ -1,4 +1,4 @@
-"""What a frozen body sees: pooled features of photos, kept on disk."""
+"""Pooled features of photos from a frozen body, cached on disk."""
 
 import contextlib
 import hashlib
@@ -22,15 +22,15 @@ from hotdog_hf.files import replacing_file
 from hotdog_hf.machine import cache_dir
 from hotdog_hf.training import engine, launch
 
-# The oldest features are dropped beyond this.
+# Beyond this the least recently used features are deleted.
 MAX_CACHE_BYTES = 2 * 2**30
-# Photos that go through the body together.
+# Photos per forward pass.
 BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A body that does not change, and photos; every process gets the features of all of them."""
+    """Features of photos from a body that does not change; every process gets those of all photos."""
 
     accelerator: Accelerator
     net: torch.nn.Module
@@ -44,7 +44,7 @@ class FeatureExtractor:
         return self._pooled(photo_set, self._facts(name), name)
 
     def crops(self, name: str, count: int, min_crop_area: float, seed: int) -> list[FeatureDataset]:
-        """Return the features of `count` random crops of each photo of a split, of the size of evaluation."""
+        """Return the features of `count` random crops of each photo of a split, at the evaluation size."""
         crop, views = train_transform(self.data_config, None, min_crop_area), []
         facts = self._facts(name) if count else []
         for view in range(1, count + 1):
@@ -54,7 +54,7 @@ class FeatureExtractor:
         return views
 
     def _facts(self, name: str) -> list:
-        """Say which photos these are and how they are prepared; it reads every file's size and time."""
+        """Return what identifies the photos and their preprocessing; reads every file's size and time."""
         photos = self.photos
         return [photos.manifest(name), str(Path(photos.data_dir).absolute()), self.data_config]
 
@@ -73,10 +73,10 @@ def pooled_features(
     num_workers: int,
     title: str,
 ) -> FeatureDataset:
-    """Return the features [N, D] that the output layer of `net` gets of all N photos, on every process.
+    """Return the features [N, D] of all N photos, the input of the output layer of `net`, on every process.
 
-    They are taken from the cache where body, photos and preprocessing are the very same: `facts` (JSON) says
-    what the photos and the preprocessing are. `net` is not prepared by the accelerator.
+    They come from the cache if body, photos and preprocessing are the same: `facts` (JSON) identifies the
+    photos and the preprocessing. `net` must not be prepared by the accelerator.
     """
     precision = launch.precision_of(accelerator)
     machine = [accelerator.device.type, precision, torch.get_num_threads(), batch_size]
@@ -91,7 +91,7 @@ def pooled_features(
 
 
 def _key(net: torch.nn.Module, facts: object) -> str:
-    """Hash the body's weights and all that else decides what the features are."""
+    """Hash the body's weights and everything else that the features depend on."""
     head = {id(parameter) for parameter in net.get_classifier().parameters()}
     # What decodes, resizes and computes; another version may differ in the last digits, or by more.
     versions = [library.__version__ for library in (PIL, torchvision, timm, torch)]
@@ -106,16 +106,16 @@ def _key(net: torch.nn.Module, facts: object) -> str:
 def _read(file: Path) -> torch.Tensor | None:
     try:
         features = safetensors.torch.load_file(file)["features"]
-        os.utime(file)  # the ones not used for long go first
+        os.utime(file)  # the least recently used are deleted first
     except (OSError, KeyError, safetensors.SafetensorError):
-        return None  # the cache saves time, nothing else
+        return None  # the cache only saves time
     return features
 
 
 def _write(file: Path, features: torch.Tensor) -> None:
     if features.nbytes > MAX_CACHE_BYTES:
         return
-    with contextlib.suppress(OSError, safetensors.SafetensorError):  # a full disk: it is computed again
+    with contextlib.suppress(OSError, safetensors.SafetensorError):  # a full disk: they are computed again
         with replacing_file(file) as part:
             safetensors.torch.save_file({"features": features.contiguous()}, part)
         kept = sorted(file.parent.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)

@@ -1,4 +1,4 @@
-"""All that one training consists of, built from its config: photos, network, loaders, optimizer."""
+"""The parts of one training run, built from its config: photos, network, loaders, optimizer."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ from hotdog_hf.training.state import Progress, TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training, ready to begin."""
+    """One training run, ready to start."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -37,7 +37,8 @@ class Job:
     positive_label: str | None
     # The split that ranks the epochs: test chooses nothing if there is a validation split.
     eval_split: str
-    # The bare network, all that is saved of it besides its weights, and its preprocessing.
+    # The bare network, a copy of it on the meta device (all that saving needs besides the weights), and its
+    # preprocessing.
     net: torch.nn.Module
     meta_model: torch.nn.Module
     data_config: dict
@@ -45,16 +46,16 @@ class Job:
     license: str
     # Modules that stay in evaluation mode while training.
     eval_modules: Sequence[torch.nn.Module]
-    # Batches of one optimizer step each, and of one pass each of the splits that are evaluated.
+    # A batch of `train_loader` is one optimizer step; a batch of `eval_loaders` is one forward pass.
     train_loader: DataLoader
     eval_loaders: dict[str, DataLoader]
     metric: ClassificationReport
-    # What training changes. A fitted head starts with epoch 0, and with its loss and accuracy on train.
+    # What training changes. A fitted head starts at epoch 0, with its loss and accuracy on train.
     state: TrainState
 
     @property
     def micro_batch_size(self) -> int:
-        """Photos that one process passes through the network at once."""
+        """Photos per forward pass of one process."""
         return micro_batch_size(self.config, self.accelerator)
 
 
@@ -64,13 +65,13 @@ class BuiltModel(NamedTuple):
     net: torch.nn.Module
     data_config: dict
     license: str
-    # Features of the splits that a frozen body has seen; training on them changes the head alone.
+    # Cached features by split; training on them changes only the head.
     split_features: dict[str, loaders.FeatureDataset]
     trainable: torch.nn.Module
 
 
 def build(config: TrainConfig, accelerator: Accelerator) -> Job:
-    """Build all parts and print what they are. Raises `UserError` for what does not fit together."""
+    """Build all parts and print a summary. Raises `UserError` for parts that do not fit together."""
     seed, workers = config.run.seed, config.data.num_workers
     set_seed(seed)
     workers = launch.default_workers(accelerator) if workers is None else workers
@@ -82,13 +83,13 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Job:
     positive_label = resolve_positive(photos.label_names, config.data.positive_label)
     eval_split = "validation" if "validation" in photos.splits else "test"
     if config.run.keep == "best" and eval_split == "test":
-        raise UserError("--keep best needs a validation split to choose by: add --val-fraction 0.1")
+        raise UserError("--keep best needs a validation split: add --val-fraction 0.1")
     accelerator.print(f"positive class: {positive_label or 'none, so macro averages'}")
 
     model = build_model(config, accelerator, photos, workers)
     train_loader = build_train_loader(config, accelerator, photos, model, workers)
     eval_loaders = build_eval_loaders(config, accelerator, photos, model, workers)
-    # FSDP leaves shards in the network; its skeleton is all that saving needs besides the weights.
+    # FSDP leaves shards in the network; saving needs only this copy and the full weights.
     meta_model = network.to_meta(model.net)
     eval_modules = network.modules_in_eval_mode(
         model.trainable, body=config.model.freeze_body, batch_norm=config.model.batch_norm == "source"
@@ -113,7 +114,7 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Job:
 
 
 def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, workers: int) -> BuiltModel:
-    """Return the source's body with a new head, and the preprocessing that both will always carry.
+    """Return the source's body with a new head, and the preprocessing to be saved with them.
 
     A head of `FITTED_HEADS` is fitted to the features of the training photos.
     """
@@ -146,7 +147,7 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
 
 
 def micro_batch_size(config: TrainConfig, accelerator: Accelerator) -> int:
-    """Return how many photos of a batch one process passes through the network at once."""
+    """Return the number of photos per forward pass of one process."""
     passes = accelerator.num_processes * config.optim.gradient_accumulation_steps
     return math.ceil(config.optim.batch_size / passes)
 
@@ -198,7 +199,7 @@ def build_eval_loaders(
 def build_state(
     config: TrainConfig, accelerator: Accelerator, model: BuiltModel, total_steps: int
 ) -> TrainState:
-    """Return network, optimizer and schedule as the launch needs them; parameter groups are named."""
+    """Return network, optimizer and schedule, prepared for the launch; prints the parameter groups."""
     net, trainable, knobs = model.net, model.trainable, config.optim
     groups = optim.parameter_groups(
         net,
@@ -218,7 +219,7 @@ def build_state(
         train_features, smoothing = model.split_features["train"], knobs.label_smoothing
         totals = engine.totals_of(accelerator, net.get_classifier(), train_features, smoothing)
     if accelerator.is_fsdp2:
-        net.cpu()  # its shards go from there to the GPUs, which need not hold it and its average whole
+        net.cpu()  # sharded from there, so that no GPU holds the full network and its average
     average = optim.build_average(trainable, knobs.ema_decay)
     if config.run.compile:
         trainable.compile()  # in place, so that the weights keep their names

@@ -1,4 +1,4 @@
-"""The processes of a run: the Accelerator, devices, threads, precision, trackers, signals to stop."""
+"""The processes of a run: the Accelerator, devices, threads, precision, trackers, stop signals."""
 
 import contextlib
 import datetime
@@ -31,7 +31,7 @@ from hotdog_hf.machine import (
 from hotdog_hf.training import sharding
 
 MAX_WORKERS = 8
-# On a CPU, one core in so many decodes; with fewer cores the loop decodes between the steps.
+# On a CPU, one loader process per so many cores; with fewer cores the loop itself decodes between steps.
 CORES_A_WORKER = 16
 # How long processes wait for one that checks or downloads photos for all of them; NCCL's own is 10 minutes.
 PATIENCE = datetime.timedelta(hours=6)
@@ -46,8 +46,8 @@ def build_accelerator(
 ) -> Accelerator:
     """Create the Accelerator for the hardware at hand, with exactly the processes that were launched.
 
-    `precision` "auto" is what `accelerate launch` was told, else bf16 on a GPU with bf16 units, else float32:
-    on a CPU without them bf16 was 60 times slower. Raises `UserError` where processes do not see each other.
+    `precision` "auto" is that of `accelerate launch`, else bf16 on a GPU with bf16 units, else float32: on a
+    CPU without such units bf16 was 60 times slower. Raises `UserError` if processes do not see each other.
     """
     on_cpu = cpu_requested() or not torch.accelerator.is_available()
     if precision == "auto":
@@ -56,24 +56,24 @@ def build_accelerator(
             precision = "bf16"
     if precision in ("fp16", "tf32") and on_cpu:
         raise UserError(
-            f"--precision {precision} does nothing on a CPU; use --precision no, or bf16 where the CPU has it"
+            f"--precision {precision} does nothing on a CPU; use --precision no, or bf16 on CPUs with bf16"
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        raise UserError("leave out the launcher's --dynamo_backend and give --compile to scripts/train.py")
+        raise UserError("instead of the launcher's --dynamo_backend give --compile to scripts/train.py")
     for way in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{way}", "false").lower() == "true":
             raise UserError(
-                f"the launcher's {way} is not built in here; for a large network: configs/fsdp.yaml"
+                f"the launcher's {way} is not supported; for a large network use configs/fsdp.yaml"
             )
     fsdp_plugin = sharding.plugin()
     if fsdp_plugin and not may_shard:
-        raise UserError("only scripts/train.py cuts a network into pieces (FSDP); launch this without it")
+        raise UserError("only scripts/train.py shards a network (FSDP); launch this without it")
     if fsdp_plugin and precision == "fp16":
-        raise UserError("--precision fp16 does not go with FSDP here; use bf16 or no")
-    # Torch's own default is TF32 in convolutions and float32 in all else.
+        raise UserError("--precision fp16 does not work with FSDP; use bf16 or no")
+    # Torch's default is TF32 in convolutions and float32 elsewhere.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        # accelerate itself would go on without it
+        # accelerate itself would continue without it
         raise UserError(f'--tracker {tracker} is not installed: pip install -e ".[{tracker}]"')
     accelerator = Accelerator(
         cpu=on_cpu,  # without it, processes launched for a machine that has no GPU would not find each other
@@ -90,11 +90,11 @@ def build_accelerator(
             " `accelerate launch --config_file accelerate_config.yaml --num_processes N scripts/train.py`"
         )
     if fsdp_plugin and accelerator.num_processes == 1:
-        raise UserError("FSDP cuts a network over several processes: --num_processes 2 or more")
+        raise UserError("FSDP shards a network over several processes: use --num_processes 2 or more")
     if fsdp_plugin and on_cpu:
         sharding.shard_on_cpu(accelerator, fsdp_plugin)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
     if on_cpu:
         torch.set_num_threads(num_threads or _default_threads())
@@ -120,7 +120,7 @@ def _local_processes() -> int:
 def _launched_processes() -> int:
     """Return how many processes the launcher was asked for.
 
-    `accelerate launch --cpu --num_processes 2` starts one and tells it nothing; its command line is read.
+    `accelerate launch --cpu --num_processes 2` starts one and tells it nothing: its command line is read.
     """
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
@@ -135,17 +135,17 @@ def _launched_processes() -> int:
 
 
 def gpu_has_bf16() -> bool:
-    """Tell whether there is a GPU that multiplies in bf16 itself."""
+    """Return whether there is a GPU with native bf16 arithmetic."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def precision_of(accelerator: Accelerator) -> str:
-    """Return the arithmetic of this run: "no" (float32), "tf32", "bf16" or "fp16"."""
+    """Return the precision of this run: "no" (float32), "tf32", "bf16" or "fp16"."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else accelerator.mixed_precision
 
 
 def describe_hardware(accelerator: Accelerator) -> str:
-    """Return what the run computes on: device, processes, precision."""
+    """Return the hardware of the run in words: device, processes, precision."""
     device = accelerator.device
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -156,19 +156,22 @@ def describe_hardware(accelerator: Accelerator) -> str:
 
 
 def bf16_hint(accelerator: Accelerator) -> str | None:
-    """Say that a CPU has an arithmetic that this run does not use; its numbers would be other ones."""
+    """Return a hint if the CPU supports bf16 and this run does not use it, as results would differ."""
     if accelerator.device.type == "cpu" and precision_of(accelerator) == "no" and cpu_has_bf16():
-        return "this CPU has bf16 too: --precision bf16 may be twice as fast, or slower, as the network is"
+        return (
+            "this CPU supports bf16: --precision bf16 can be up to twice as fast, or slower,"
+            " depending on the network"
+        )
     return None
 
 
 def describe_versions() -> str:
-    """Return the versions that the numbers depend on."""
+    """Return the versions that the results depend on."""
     return f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
 
 
 def default_workers(accelerator: Accelerator) -> int:
-    """Return the number of loader processes: a CPU's few spare cores, or this GPU's share of all of them."""
+    """Return the number of loader processes: a CPU's few spare cores, or this GPU's share of all cores."""
     if accelerator.device.type == "cpu":
         return _cpu_workers() // _local_processes()
     return min(MAX_WORKERS, allowed_cores() // _local_processes())
@@ -177,13 +180,13 @@ def default_workers(accelerator: Accelerator) -> int:
 def start_tracker(accelerator: Accelerator, run_dir: Path, knobs: dict) -> None:
     """Start the tracker the accelerator was built with, if any, in the run's folder."""
     accelerator.project_configuration.logging_dir = str(run_dir)
-    # Trackers refuse what is no plain value.
+    # Trackers reject values that are not plain.
     simple = {name: value if isinstance(value, (int, float)) else str(value) for name, value in knobs.items()}
     accelerator.init_trackers("hotdog_hf", config=simple)
 
 
 def finish(accelerator: Accelerator, *prepared: object) -> list:
-    """End the run: trackers closed, and the prepared objects given up in time.
+    """End the run: close the trackers and release the prepared objects in time.
 
     With a distributed model still alive at exit, about one run in ten of two CPU processes aborts after its
     work is done ("terminate called without an active exception"): assign the result over the last references.
@@ -195,7 +198,7 @@ def finish(accelerator: Accelerator, *prepared: object) -> list:
 
 
 def release(accelerator: Accelerator) -> None:
-    """Give up what was prepared for one training, before the next in the same process."""
+    """Release what was prepared for one training run, before the next in the same process."""
     accelerator.free_memory()
     gc.collect()
 
@@ -206,24 +209,24 @@ def prepare(
     optimizer: torch.optim.Optimizer,
     average: AveragedModel | None,
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Return model and optimizer as the launch wants them: one process, copies (DDP), or pieces (FSDP)."""
+    """Return model and optimizer prepared for the launch: one process, copies (DDP), or shards (FSDP)."""
     if accelerator.is_fsdp2:
         return sharding.prepare(accelerator, model, optimizer, average)
     return accelerator.prepare(model, optimizer)
 
 
 def log(accelerator: Accelerator, row: dict, step: int) -> None:
-    """Send numbers to the tracker; one that has gone away never ends a run."""
+    """Send metrics to the tracker; if it fails, print a warning and continue."""
     try:
         accelerator.log(row, step=step)
     except Exception as error:  # whatever a tracker's network client raises
-        accelerator.print(f"warning: the tracker took no numbers: {type(error).__name__}: {error}")
+        accelerator.print(f"warning: the tracker accepted no metrics: {type(error).__name__}: {error}")
 
 
 def run_on_main(accelerator: Accelerator, function: Callable[[], object]) -> object:
-    """Return on every process what `function` answers on the first, which alone may have the run's folder.
+    """Call `function` on the first process, which alone may have the run's folder; return its result on all.
 
-    Its `UserError` is raised on every process, so that none waits for one that has ended.
+    Its `UserError` is raised on every process, so that none waits for one that has exited.
     """
     output = error = None
     if accelerator.is_main_process:
@@ -238,7 +241,7 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], object]) -> obj
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Return whether any process has `flag` set; every process gets the same answer."""
+    """Return whether any process has `flag` set, with the same result on every process."""
     return sum_processes(accelerator, int(flag)) > 0
 
 
@@ -266,12 +269,12 @@ def stop_requested(accelerator: Accelerator, stop: "StopSignal", step: int) -> b
     return not (waits_for_gpus and step % STOP_EVERY) and any_process(accelerator, bool(stop.number))
 
 
-# A launcher passes on the signal that the terminal has sent already: within this time two are one.
+# A launcher forwards a signal that the terminal has already sent: two within this time count as one.
 SAME_SIGNAL_SECONDS = 1.0
 
 
 class StopSignal:
-    """SIGTERM, Ctrl-C or SIGUSR1 (SLURM's warning) as a wish to stop after the step; a second one kills."""
+    """Handles SIGTERM, Ctrl-C and SIGUSR1 (SLURM): stop after the step; a second signal exits at once."""
 
     def __init__(self) -> None:
         self.number, self.time = 0, 0.0
@@ -285,10 +288,10 @@ class StopSignal:
             os.kill(os.getpid(), number)
         elif not self.number:
             self.number, self.time = int(number), now
-            said = "stopping after the next training step, and saving; once more to end at once"
+            said = "stopping after the next training step and saving; a second signal exits immediately"
             print(f"\n{signal.Signals(number).name}: {said}", file=sys.stderr, flush=True)
 
     @property
     def exit_code(self) -> int:
-        """The shell's code for a process that a signal ended: 143 for SIGTERM, 130 for Ctrl-C."""
+        """The shell's exit code for a process ended by a signal: 143 for SIGTERM, 130 for Ctrl-C."""
         return 128 + self.number

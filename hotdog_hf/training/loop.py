@@ -1,4 +1,4 @@
-"""One training run from photos to a saved, judged model: `train` has the loop over the epochs."""
+"""One training run from photos to a saved and evaluated model: `train` has the loop over the epochs."""
 
 import contextlib
 import time
@@ -31,7 +31,7 @@ from hotdog_hf.training.state import Progress
 
 
 def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal) -> Path | None:
-    """Load photos and model, train, evaluate, save; return the run's folder, or None where it was stopped."""
+    """Load photos and model, train, evaluate, save; return the run's folder, or None if it was stopped."""
     started, job = time.perf_counter(), build(config, accelerator)
     with contextlib.ExitStack() as stack:
         run_dir = open_run(job, stack)
@@ -48,14 +48,14 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal
                 evaluation = evaluate_saved(job, run_dir, stop)
         except launch.StoppedError:
             epoch, how = min(job.state.progress.epoch, config.optim.epochs), resume_command(run_dir)
-            accelerator.print(f"stopped in epoch {epoch}; go on with: {how}")
+            accelerator.print(f"stopped in epoch {epoch}; resume with: {how}")
             return None
         finish(job, run_dir, evaluation, started)
     return run_dir
 
 
 class Evaluation(NamedTuple):
-    """What a network says of a split: the scores, the probabilities [N, classes], and the labels [N]."""
+    """A network evaluated on a split: the scores, the probabilities [N, classes], and the labels [N]."""
 
     scores: dict
     probabilities: torch.Tensor
@@ -63,9 +63,9 @@ class Evaluation(NamedTuple):
 
 
 def open_run(job: Job, stack: contextlib.ExitStack) -> Path:
-    """Open the run's folder, locked as long as `held` is open, and go on from a checkpoint where asked.
+    """Open the run's folder, locked until `stack` is closed, and resume from a checkpoint if asked to.
 
-    Done last of all that can be refused, so that a refused start leaves nothing behind.
+    Called after every check that can fail, so a rejected start leaves nothing on disk.
     """
     config, accelerator = job.config, job.accelerator
     identity = {
@@ -75,7 +75,7 @@ def open_run(job: Job, stack: contextlib.ExitStack) -> Path:
         "photos": job.photos.manifest(),
         "cut_by_content": job.photos.cut_by_content,
     }
-    found = launch.run_on_main(accelerator, lambda: _checkpoint_to_go_on_from(config, identity))
+    found = launch.run_on_main(accelerator, lambda: _checkpoint_to_resume(config, identity))
     run_dir = checkpoint.run_dir_of(found) if found else config.run.output_dir
     run_dir = run_dir or default_run_dir(config.recipe)
 
@@ -98,7 +98,7 @@ def open_run(job: Job, stack: contextlib.ExitStack) -> Path:
     return run_dir
 
 
-def _checkpoint_to_go_on_from(config: TrainConfig, identity: dict) -> Path | None:
+def _checkpoint_to_resume(config: TrainConfig, identity: dict) -> Path | None:
     found = checkpoint.find(config.run.resume, config.run.output_dir)
     if found:
         before = read_identity(checkpoint.run_dir_of(found))
@@ -200,7 +200,7 @@ def evaluate_saved(job: Job, run_dir: Path, stop: launch.StopSignal) -> Evaluati
 
 
 def finish(job: Job, run_dir: Path, evaluation: Evaluation, started: float) -> None:
-    """Write the final numbers, the predictions and the model card, and say where all of it is."""
+    """Write the final metrics, the predictions and the model card, and print where they are."""
     config, accelerator = job.config, job.accelerator
     final = records.final_row(
         job.state.progress.rows, evaluation.scores, seconds=time.perf_counter() - started
@@ -258,15 +258,15 @@ def evaluate(
 
 
 def save_checkpoint(job: Job, run_dir: Path) -> None:
-    """Save all that a resumed run needs."""
+    """Save everything that a resumed run needs."""
     checkpoint.save(run_dir, job.accelerator, job.state, keep=job.config.run.keep_checkpoints)
 
 
 @contextlib.contextmanager
 def add_progress_to_errors(job: Job, run_dir: Path) -> Iterator[None]:
-    """Add to a `UserError` how far the run had come, and the checkpoint that it can go on from.
+    """Add to a `UserError` the epoch, the step, and the checkpoint that the run can resume from.
 
-    It may be a photo that can't be read any more, a loss that isn't finite, or a full disk.
+    The error may be an unreadable photo, a loss that is not finite, or a full disk.
     """
     try:
         yield

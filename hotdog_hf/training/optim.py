@@ -21,10 +21,10 @@ def parameter_groups(
 ) -> list[dict]:
     """Split a timm model's parameters into named groups by depth (stem, layer1, ..., head), for torch.optim.
 
-    The depth is timm's own `group_matcher`; the head is the classifier. The head's rate is `learning_rate` x
-    `head_lr_mult`; the last body group has `learning_rate`, each one below it `layer_decay` times that of the
-    one above. Without `decay_norm_and_bias`, vectors and scalars stand in a "<name> (no decay)" group of
-    their own. Every parameter that is trained is in exactly one group.
+    The depth comes from timm's `group_matcher`; the head is the classifier. The head's rate is
+    `learning_rate` x `head_lr_mult`; the last body group's is `learning_rate`, and each group below has
+    `layer_decay` times the rate of the one above. Without `decay_norm_and_bias`, vectors and scalars get a
+    separate "<name> (no decay)" group. Every trainable parameter is in exactly one group.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     head = {names[id(parameter)] for parameter in model.get_classifier().parameters()}
@@ -74,7 +74,7 @@ def _depth_name(parameter_name: str, depth: int, taken: object) -> str:
 
 
 def describe_groups(groups: list[dict], net: torch.nn.Module) -> str:
-    """Return a table of the groups: name, number of parameters, learning rate, weight decay; and the rest."""
+    """Return a table of the groups: name, number of parameters, learning rate, weight decay."""
     lines = [f"{'group':<24} {'parameters':>12} {'lr':>10} {'weight decay':>13}"]
     for group in groups:
         count = sum(parameter.numel() for parameter in group["params"])
@@ -94,12 +94,12 @@ def use_fused(accelerator: Accelerator) -> bool:
 def build_optimizer(
     groups: list[dict], optimizer: str, momentum: float = 0.0, *, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """Return SGD (plain; Nesterov where `momentum` is not 0) or AdamW over named groups.
+    """Return SGD (with Nesterov momentum if `momentum` is not 0) or AdamW over named groups.
 
-    `fused` takes a step in one kernel, which is faster on a GPU; the numbers may differ in their last digit.
+    `fused` does a step in one kernel, which is faster on a GPU; results may differ in the last digit.
     Otherwise torch chooses, on a GPU a few kernels for all weights together (foreach).
     """
-    # False would be taken for "neither fused nor foreach": a kernel after the other for every weight.
+    # False would mean "neither fused nor foreach": separate kernels for every weight.
     fused = fused or None
     if optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=fused)
@@ -140,7 +140,7 @@ def build_average(net: torch.nn.Module, decay: float) -> WeightAverage | None:
 def build_schedule(
     optimizer: torch.optim.Optimizer, schedule: str, total_steps: int, warmup_fraction: float = 0.0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return a factor on every group's own rate, so that their ratios stay; step it once an optimizer step.
+    """Return a schedule that scales all groups' rates by one factor; call `step` once per optimizer step.
 
     The rates rise linearly over the first `warmup_fraction` of the steps, then stay ("constant") or fall to 0
     at `total_steps` along half a cosine or a line.
@@ -150,7 +150,7 @@ def build_schedule(
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        # A stream may have some steps more, if its processes do not all have as many photos.
+        # A stream may have a few more steps if its processes have different numbers of photos.
         progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
         return {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}[
             schedule

@@ -8,13 +8,13 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-matplotlib.use("Agg")  # no window, also where a display exists
+matplotlib.use("Agg")  # no window, even if there is a display
 from matplotlib import pyplot as plt
 
 
 @contextlib.contextmanager
 def figure_axes(size: tuple[float, float], path: str | os.PathLike) -> Iterator[plt.Axes]:
-    """Yield axes of so many inches to draw in, and save them as `path`."""
+    """Yield axes of `size` inches to draw in, then save them as `path`."""
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     yield axes
     figure.savefig(path, dpi=150)
@@ -22,7 +22,7 @@ def figure_axes(size: tuple[float, float], path: str | os.PathLike) -> Iterator[
 
 
 def plot_curves(rows: list[dict], eval_split: str, path: str | os.PathLike) -> None:
-    """Draw train loss, train accuracy and `eval_split` accuracy over the epochs, as the chapter's figure."""
+    """Draw train loss, train accuracy and `eval_split` accuracy over the epochs, as in the chapter."""
     epochs = [row["epoch"] for row in rows]
     with figure_axes((5.5, 3.6), path) as axes:
         axes.plot(epochs, [row["train_loss"] for row in rows], label="train loss")
@@ -40,7 +40,7 @@ def plot_samples(
     titles: tuple[str, str],
     path: str | os.PathLike,
 ) -> None:
-    """Draw one row of images over another, each in its own aspect ratio, the rows named by `titles`."""
+    """Draw two rows of images, each image in its own aspect ratio, the rows named by `titles`."""
     columns = max(len(first), len(last))
     figure, axes = plt.subplots(2, columns, figsize=(1.4 * columns, 3.4), squeeze=False, layout="constrained")
     for row, images, title in zip(axes, (first, last), titles, strict=True):

@@ -1,4 +1,4 @@
-"""The numbers of a run: metric rows, predictions.csv, and the lines printed on the console."""
+"""The results of a run: metric rows, predictions.csv, and the lines printed on the console."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from hotdog_hf.files import write_text
 
 
 def epoch_row(accelerator: Accelerator, totals: torch.Tensor, seconds: float) -> dict[str, float]:
-    """Return the epoch's loss (mean per photo) and accuracy over all processes, its seconds and its speed."""
+    """Return an epoch's loss (mean per photo) and accuracy over all processes, its seconds and its speed."""
     loss_sum, correct, count = accelerator.reduce(totals).tolist()
     return {
         "train_loss": loss_sum / count,
@@ -24,7 +24,7 @@ def epoch_row(accelerator: Accelerator, totals: torch.Tensor, seconds: float) ->
 
 
 def write_metrics(run_dir: Path, rows: list[dict]) -> None:
-    """Write `metrics.jsonl`, a line an epoch and the final one, whole or not at all."""
+    """Write `metrics.jsonl` atomically: one line per epoch, and the final one."""
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     write_text(run_dir / "metrics.jsonl", lines)
 
@@ -32,8 +32,8 @@ def write_metrics(run_dir: Path, rows: list[dict]) -> None:
 def write_predictions(
     path: Path, names: Sequence[str], probabilities: np.ndarray, labels: np.ndarray, label_names: list[str]
 ) -> None:
-    """Write a CSV line a photo: its name, true and predicted label, and a probability a class."""
-    # File names in another encoding leave as the bytes they came as.
+    """Write one CSV line per photo: its name, true and predicted label, and one probability per class."""
+    # File names in another encoding are written as the bytes they were read as.
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "true_label", "predicted_label", *label_names])
@@ -43,12 +43,12 @@ def write_predictions(
 
 
 def numbers(row: dict) -> dict[str, float]:
-    """Return the plain numbers of a metrics row, which is what trackers plot."""
+    """Return the plain numbers of a metrics row, which trackers can plot."""
     return {name: value for name, value in row.items() if isinstance(value, (int, float))}
 
 
 def scores_of(row: dict, split: str) -> dict:
-    """Return the scores of one split out of a metrics row."""
+    """Return the scores of one split from a metrics row."""
     prefix = f"{split}_"
     return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
 
@@ -63,9 +63,9 @@ def describe_epoch(row: dict, eval_split: str) -> str:
 
 
 def final_row(rows: list[dict], test_scores: dict, seconds: float) -> dict:
-    """Return the last line of `metrics.jsonl`: the kept model's test scores, seconds, and training speed.
+    """Return the last line of `metrics.jsonl`: the saved model's test scores, seconds, and training speed.
 
-    The speed is that of the epochs; where there is none, of solving the head.
+    The speed is that of the epochs, or of fitting the head if there are none.
     """
     epochs = [row for row in rows if row["epoch"] > 0] or rows
     examples = sum(row["examples_per_second"] * row["train_seconds"] for row in epochs)

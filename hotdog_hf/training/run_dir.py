@@ -46,7 +46,7 @@ def check_same_run(saved: dict, now: dict, anyway: bool) -> None:
         differences.append(f"{len(changed)} photos differ, first {changed[0]} ({kind})")
         refused = True
     if differences and (refused or not anyway):
-        way_out = "start a new run" if refused else "add --resume-anyway to go on all the same"
+        way_out = "start a new run" if refused else "add --resume-anyway to resume all the same"
         raise UserError(f"cannot resume: {'; '.join(differences)}. {way_out.capitalize()}")
 
 
@@ -56,10 +56,10 @@ def default_run_dir(recipe: str) -> Path:
 
 
 def open_run_dir(path: str | os.PathLike, resume: bool = False) -> tuple[Path, filelock.FileLock]:
-    """Make the run's folder, or with `resume` enter one that exists; return it with the lock that is held.
+    """Create the run's folder, or with `resume` open an existing one; return it with its acquired lock.
 
-    The lock is the system's and ends with the process, however that ends; keep it referenced. Raises
-    `UserError` where another run is or was, or where nothing can be written.
+    The operating system releases the lock when the process ends; keep it referenced. Raises `UserError` if
+    the folder belongs to another run or cannot be written.
     """
     folder = Path(path)
     try:
@@ -68,7 +68,7 @@ def open_run_dir(path: str | os.PathLike, resume: bool = False) -> tuple[Path, f
         lock.acquire(timeout=0)
         if not resume and (folder / "config.json").exists():
             raise UserError(
-                f"{folder} holds a run already; give another --output-dir, or go on with it by --resume auto"
+                f"{folder} already holds a run; give another --output-dir, or resume it with --resume auto"
             )
     except filelock.Timeout as error:
         raise UserError(f"another process is running in {folder}; give another --output-dir") from error
@@ -84,11 +84,11 @@ def read_identity(run_dir: Path) -> dict:
     try:
         return json.loads((run_dir / "identity.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{run_dir} cannot be gone on with: {error}") from error
+        raise UserError(f"cannot resume {run_dir}: {error}") from error
 
 
 def write_identity(run_dir: Path, identity: dict, skipped: list[Path]) -> None:
-    """Write what makes the run this one, its config also by itself, and the photos left out, if any."""
+    """Write what identifies the run, its config also as a file of its own, and the skipped photos, if any."""
     write_json(run_dir / "identity.json", identity)
     write_json(run_dir / "config.json", identity["config"])
     if skipped:
@@ -96,7 +96,7 @@ def write_identity(run_dir: Path, identity: dict, skipped: list[Path]) -> None:
 
 
 def resume_command(run_dir: Path) -> str:
-    """Return the command line that goes on with this run; other scripts than train.py find it themselves."""
+    """Return the command line that resumes this run; for scripts other than train.py, their own command."""
     processes = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"]
     if processes != "1":

@@ -1,7 +1,7 @@
-"""A network in pieces over the processes (FSDP2), for one that a single GPU cannot train.
+"""Sharding a network over the processes (FSDP2), for one that is too large for a single GPU.
 
-Every process holds a piece of each weight, of its gradient and of the optimizer's state, and fetches the rest
-layer by layer as it computes. Files know nothing of it: what is saved is whole, here cut and joined.
+Every process holds a shard of each weight, its gradient and its optimizer state, and gathers the rest layer
+by layer as it computes. Saved files are not sharded: tensors are gathered and sharded again here.
 """
 
 import os
@@ -20,7 +20,7 @@ from hotdog_hf.errors import UserError
 
 
 def broadcast_state(model: torch.nn.Module) -> None:
-    """Give every process the first one's weights and BatchNorm statistics; those each counts on its own."""
+    """Copy the first process's weights and BatchNorm statistics, which each process updates alone, to all."""
     broadcast([value for value in model.state_dict().values() if not isinstance(value, DTensor)])
 
 
@@ -28,22 +28,22 @@ CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
 
 
 def plugin() -> FullyShardedDataParallelPlugin | None:
-    """Return what the launcher asked for, or None where it does not shard. Raises `UserError` for FSDP 1."""
+    """Return the FSDP plugin that the launcher asked for, or None. Raises `UserError` for FSDP 1."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     asked = FullyShardedDataParallelPlugin()
     if asked.fsdp_version != 2:
         raise UserError("the launcher's FSDP is version 1; use fsdp_version: 2, as in configs/fsdp.yaml")
-    # Weights stay float32 and autocast computes in bf16, as on one GPU, for a whole copy in bf16 from forward
-    # to backward. accelerate's own policy would also sum the gradients and run BatchNorm in bf16.
+    # Weights stay float32 and autocast computes in bf16, as on one GPU, at the cost of a full bf16 copy from
+    # forward to backward. accelerate's own policy would also sum the gradients and run BatchNorm in bf16.
     asked.mixed_precision_policy = MixedPrecisionPolicy()
     return asked
 
 
 def shard_on_cpu(accelerator: Accelerator, asked: FullyShardedDataParallelPlugin) -> None:
-    """Shard over CPU processes too, which accelerate would quietly train on whole copies.
+    """Shard over CPU processes too, which accelerate would silently train without sharding.
 
-    For tests: what a cluster's GPUs will do, on a machine without any.
+    For tests: does what GPUs would do, on a machine without any.
     """
     accelerator.state.fsdp_plugin = asked
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -51,7 +51,7 @@ def shard_on_cpu(accelerator: Accelerator, asked: FullyShardedDataParallelPlugin
 
 
 def block_kinds(model: torch.nn.Module, least: int) -> list[str]:
-    """Return the classes of what stands in containers of more than `least` parameters: a network's blocks."""
+    """Return the classes of a network's blocks: the modules in containers of more than `least` parameters."""
     kinds = set()
     for module in model.modules():
         if isinstance(module, CONTAINERS) and sum(value.numel() for value in module.parameters()) > least:
@@ -65,15 +65,15 @@ def prepare(
     optimizer: torch.optim.Optimizer,
     average: AveragedModel | None,
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Cut model and average in place, block by block, and give the optimizer the pieces."""
+    """Shard model and average in place, block by block, and give the optimizer the shards."""
     asked = accelerator.state.fsdp_plugin
     if asked.auto_wrap_policy is size_based_auto_wrap_policy:
-        # It would take the containers themselves, which a network may never call.
+        # It would wrap the containers themselves, which a network may never call.
         asked.transformer_cls_names_to_wrap = block_kinds(model, asked.min_num_params)
         asked.auto_wrap_policy = transformer_auto_wrap_policy
     for whole_net in (model, average):
         if whole_net is not None:
-            whole_net.to(memory_format=torch.contiguous_format)  # FSDP takes no other
+            whole_net.to(memory_format=torch.contiguous_format)  # FSDP supports no other
     model, optimizer = accelerator.prepare(model, optimizer)
     if average is not None:
         fsdp2_prepare_model(accelerator, average.module)
@@ -81,21 +81,21 @@ def prepare(
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Tell whether the processes hold pieces of `model`."""
+    """Return whether the processes hold shards of `model`."""
     return isinstance(model, FSDPModule)
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Give back what an evaluation has fetched: the last layers would wait, whole, for a backward pass."""
+    """Free what an evaluation has gathered: the last layers would stay gathered for a backward pass."""
     for module in model.modules():
         if is_sharded(module):
             module.reshard()
 
 
 def full_tensors(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
-    """Return named tensors, with pieces joined in the CPU's memory, one after the other.
+    """Return named tensors, with shards gathered into CPU memory one tensor at a time.
 
-    To be called by every process; those that do not `keep` them get nothing.
+    Must be called by every process; those without `keep` get nothing.
     """
     joined = {}
     for name, value in tensors.items():
@@ -107,18 +107,18 @@ def full_tensors(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict
 
 
 def shard_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return this process's piece of a whole tensor, if it has only a piece of `target`."""
+    """Return this process's shard of a full tensor if `target` is sharded, else the tensor."""
     if isinstance(target, DTensor) and value.shape == target.shape:
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     return value
 
 
 def load_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load a whole state into a module, whole or in pieces; to be called by every process."""
+    """Load a full state dict into a module, sharded or not; must be called by every process."""
     own = module.state_dict()
     module.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()})
 
 
 def local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the memory that this process holds of each tensor, for arithmetic by element."""
+    """Return this process's part of each tensor, for elementwise arithmetic."""
     return [value.to_local() if isinstance(value, DTensor) else value for value in tensors]
