@@ -277,7 +277,7 @@ def test_the_threshold_is_told_with_what_it_does(tmp_path):
     page = write(tmp_path / "report", ["hotdog", "other"], "hotdog", threshold=threshold)
     assert "None was chosen" not in page.words and "0.4321" in page.words
     assert "Threshold, on test 0.125 0.250 0.375" in page.words
-    assert "which chose it 0.625 0.625 0.625" in page.words
+    assert "where it was chosen 0.625 0.625 0.625" in page.words
 
 
 def test_a_network_without_a_map_is_told(tmp_path):
@@ -289,7 +289,7 @@ def test_a_network_without_a_map_is_told(tmp_path):
 def test_very_many_classes_get_the_curves_of_the_worst(tmp_path):
     names = [f"class {index}" for index in range(11)]
     page = write(tmp_path / "report", names, count=110)
-    assert "of the 11 classes the 8 of the lowest average precision" in page.words
+    assert "of the 11 classes the 8 with the lowest average precision" in page.words
     classes = json.loads((tmp_path / "report/metrics.json").read_text())["classes"]
     best = sorted(names, key=lambda name: classes[name]["average_precision"])[8:]
     assert [name for name in names if f"{name} – ROC-AUC" not in page.words] == sorted(best, key=names.index)
@@ -347,11 +347,11 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path):
         shutil.rmtree(folder)
         write(check_output_dir(folder), ["a", "b"])
         harm()
-        with pytest.raises(UserError, match="holds something else than a report"):
+        with pytest.raises(UserError, match="holds something other than a report"):
             check_output_dir(folder)
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="holds something other"):
         check_output_dir(file)
     (tmp_path / "empty").mkdir()
     assert check_output_dir(tmp_path / "empty") == tmp_path / "empty"
@@ -468,7 +468,7 @@ def test_validation_is_what_the_run_held_back(photos_dir, tmp_path, script):
     [
         ({"data_dir": "OTHER"}, r"do not agree: 'cat' \(only in the data\), 'hotdog' \(only in the model\)"),
         ({"data_dir": "OTHER", "split": "validation"}, "has no validation split, only train, test"),
-        ({"output_dir": "OTHER"}, "holds something else than a report"),
+        ({"output_dir": "OTHER"}, "holds something other than a report"),
         ({"positive_label": "pizza"}, "'pizza' is none of the classes"),
     ],
 )

@@ -187,13 +187,11 @@ def test_a_rate_at_which_the_loss_breaks_is_an_answer(tmp_path):
         "sweep: 3 times the book's gives 92.0%. Beyond it, 10 times the book's gives 70.0%, 30 times"
         in answer
     )
-    assert (
-        "30 times the book's gives 60.0%, from 100 times the book's rate on the loss is no number" in answer
-    )
+    assert "30 times the book's gives 60.0%, from 100 times the book's rate on the loss diverges" in answer
     [(_, answer)] = answers({}, whole[:3], None)
     assert "the book's own rate gives 90.0%. No higher rate was tried." in answer
     [(_, answer)] = answers({}, [diverged], None)
-    assert answer == "From 100 times the book's rate on the loss is no number any more."
+    assert answer == "From 100 times the book's rate on the loss diverges."
 
 
 def fake(run_, accuracy, validation=None, loss=0.5, folder=None):

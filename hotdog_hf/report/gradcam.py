@@ -9,14 +9,14 @@ from PIL import Image
 
 
 def grad_cam(net: torch.nn.Module, pixels: torch.Tensor, target: int) -> np.ndarray | None:
-    """Return where in `pixels` [3, H, W] the network saw class `target`: a map [H, W] from 0 to 1.
+    """Return how much each place of `pixels` [3, H, W] counts for class `target`: a map [H, W] from 0 to 1.
 
-    None where the last feature stage gives no [C, h, w], as in a vision transformer.
+    None if the last feature stage does not return [C, h, w], as in a vision transformer.
     """
     try:
         stage = net.feature_info[-1]
         layer, channels = net.get_submodule(stage["module"]), stage["num_chs"]
-    except (AttributeError, IndexError, KeyError, TypeError):  # timm promises no feature_info
+    except (AttributeError, IndexError, KeyError, TypeError):  # timm does not guarantee feature_info
         return None
     shapes = [()]
 
@@ -33,7 +33,7 @@ def grad_cam(net: torch.nn.Module, pixels: torch.Tensor, target: int) -> np.ndar
 
 
 def overlay(pixels: torch.Tensor, heat: np.ndarray, data_config: dict) -> Image.Image:
-    """Return what the network saw, coloured by the map."""
+    """Return the network's input as an image, coloured by the map."""
     mean, std = (np.array(data_config[name])[:, None, None] for name in ("mean", "std"))
     seen = (pixels.cpu().numpy() * std + mean).clip(0, 1).transpose(1, 2, 0)
     colours = matplotlib.colormaps["turbo"](heat)[..., :3]

@@ -22,7 +22,7 @@ from hotdog_hf.metrics import CARD_METRICS
 from hotdog_hf.report.scores import CALIBRATION_BINS, RESAMPLES, confidence_bins, normalise_rows
 from hotdog_hf.training.records import write_predictions
 
-matplotlib.use("Agg")  # no window, also where a display exists
+matplotlib.use("Agg")  # no window, even if there is a display
 from matplotlib import pyplot as plt
 
 FILES = ("metrics.json", "predictions.csv", "report.html")
@@ -33,7 +33,7 @@ METRIC_NAMES = CARD_METRICS | {
     "calibration_error": "Expected calibration error",
     **{f"macro_{key}": f"{name}, mean over classes" for key, name in CARD_METRICS.items()},
 }
-# Drawn in these and then named by the page's style sheet, which knows whether it is light or dark.
+# Placeholder colours, replaced by variables of the page's style sheet, which knows light from dark mode.
 INK, SERIES = "#010203", [f"#0102{10 + index}" for index in range(8)]
 
 
@@ -47,7 +47,7 @@ def image_uri(image: Image.Image) -> str:
 
 
 def check_output_dir(output_dir: str | os.PathLike) -> Path:
-    """Return the folder to write; `UserError` where something that is no report of ours is there already."""
+    """Return the folder to write; `UserError` if it holds anything but an earlier report."""
     folder = Path(output_dir).resolve()
     try:
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -56,12 +56,12 @@ def check_output_dir(output_dir: str | os.PathLike) -> Path:
     except (OSError, ValueError, TypeError):
         ours = False
     if not ours:
-        raise UserError(f"--output-dir {output_dir} holds something else than a report; give another one")
+        raise UserError(f"--output-dir {output_dir} holds something other than a report; give another folder")
     return folder
 
 
 def describe(summary: dict) -> str:
-    """Return a table of the numbers, a line each."""
+    """Return a table of the metrics, one line each."""
     rows = [f"{'':<40}{'value':>8}{'low':>8}{'high':>8}"]
     for name, entry in summary["values"].items():
         rows.append(f"{METRIC_NAMES[name]:<40}" + "".join(f"{value:8.4f}" for value in entry.values()))
@@ -79,7 +79,7 @@ def write_report(
     knobs: Sequence[tuple[str, str, object]],
     command: str,
 ) -> None:
-    """Write metrics.json, predictions.csv and report.html beside `folder` and move them there whole.
+    """Write metrics.json, predictions.csv and report.html to `folder` atomically.
 
     `summary` is that of `summarise` with `model`, `data_dir`, `split`, `label_names`, `positive_label` and
     `threshold` (a dict, or None); a picture has `index`, `photo` and `overlay` (data URIs or None).
@@ -104,7 +104,7 @@ def _page(
     names, positive = [printable(name) for name in summary["label_names"]], summary["positive_label"]
     chosen = probabilities.argmax(axis=1)
     shown = [summary["label_names"].index(positive)] if positive and len(names) == 2 else range(len(names))
-    # Of very many classes the worst told apart.
+    # Of very many classes, those with the lowest average precision.
     areas = [column["average_precision"] for column in summary["classes"].values()]
     shown = sorted(sorted(shown, key=areas.__getitem__)[: len(SERIES)])
     for picture in (picture for group in pictures.values() for picture in group):
@@ -134,7 +134,7 @@ def _page(
 def _plots(
     probabilities: np.ndarray, labels: np.ndarray, shown: Sequence[int], positive: int | None
 ) -> dict[str, Markup]:
-    """Draw the four figures as SVG; the classes `shown` get a curve, `positive` is that of the scores."""
+    """Draw the four figures as SVG; the classes `shown` get curves, `positive` the histogram."""
     scores, chosen = normalise_rows(probabilities), probabilities.argmax(axis=1)
     sure, right = scores.max(axis=1), chosen == labels
     bins = [confidence_bins(scores) == index for index in range(CALIBRATION_BINS)]
@@ -159,14 +159,15 @@ def _plots(
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
         axes.plot(x, y, color=SERIES[0], linewidth=1)
         axes.scatter(x, y, s=sizes, color=SERIES[0], alpha=0.75, linewidths=0, clip_on=False)
-        axes.set(xlabel="Probability of the class chosen", ylabel="Share right", xlim=(0, 1), ylim=(0, 1))
+        axes.set(xlabel="Probability of the predicted class", ylabel="Share correct")
+        axes.set(xlim=(0, 1), ylim=(0, 1))
 
     def histogram(axes: plt.Axes) -> None:
         score, first = (sure, right) if positive is None else (scores[:, positive], labels == positive)
         axes.hist(
             [score[first], score[~first]], bins=20, range=(0, 1), stacked=True, color=SERIES[:2], alpha=0.85
         )
-        named = "the class chosen" if positive is None else "the positive class"
+        named = "the predicted class" if positive is None else "the positive class"
         axes.set(xlabel=f"Probability of {named}", ylabel="Photos", xlim=(0, 1))
         axes.yaxis.get_major_locator().set_params(integer=True)
 
@@ -185,7 +186,7 @@ def _svg(draw: Callable[[plt.Axes], None]) -> Markup:
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
         plt.close(figure)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")  # from the XML's head on
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")  # without the XML header
     for number, colour in enumerate(SERIES):
         svg = svg.replace(colour, f"var(--series-{number})")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{draw.__name__}-", svg)  # four drawings in one page

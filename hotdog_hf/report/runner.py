@@ -1,4 +1,4 @@
-"""A report from start to end: the model, its photos, its predictions, and what is shown of them."""
+"""A report from start to end: the model, the photos, the predictions, and the galleries."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ GALLERY_SIZE = 12
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A saved model's predictions on the photos of a split, and on validation if that chooses a threshold."""
+    """A saved model's predictions on the photos of a split, and on validation if it chooses a threshold."""
 
     net: torch.nn.Module
     data_config: dict
@@ -55,7 +55,7 @@ def load_photos(accelerator: Accelerator, config: DataConfig, split: str, seed: 
     photos = open_photos(config, seed, accelerator)
     if split not in photos.splits:
         found = ", ".join(photos.splits)
-        raise UserError(f"{config.data_dir} has no {split} split, only {found}: --val-fraction cuts one")
+        raise UserError(f"{config.data_dir} has no {split} split, only {found}: add --val-fraction")
     return photos
 
 
@@ -67,7 +67,7 @@ def evaluate(
     positive_label: str | None,
     batch_size: int,
 ) -> Evaluation:
-    """Predict a split, and validation too if that may choose a threshold for it."""
+    """Predict a split, and also validation if there is one to choose a threshold on."""
     label_names, data_config = network.label_names_of(net), network.data_config_of(net)
     order = label_order(photos.label_names, label_names)
     positive_label = resolve_positive(label_names, positive_label)
@@ -84,11 +84,11 @@ def evaluate(
 
 
 def summary_of(evaluation: Evaluation, model: str) -> dict:
-    """Return all numbers of a report, as `page.write_report` takes them."""
+    """Return all metrics of a report, as `page.write_report` expects them."""
     label_names, positive_label = evaluation.label_names, evaluation.positive_label
     probabilities, labels = evaluation.predicted[evaluation.split]
     threshold = None
-    if positive_label and "validation" in evaluation.predicted:  # which alone may choose one
+    if positive_label and "validation" in evaluation.predicted:  # no other split may choose one
         threshold = choose_threshold(evaluation.predicted, label_names.index(positive_label))
     return {
         "model": model,
@@ -103,7 +103,7 @@ def summary_of(evaluation: Evaluation, model: str) -> dict:
 
 def draw_galleries(accelerator: Accelerator, evaluation: Evaluation) -> dict[str, list[dict]]:
     """Return the photos of each gallery, as `index`, `photo` and `overlay` (data URIs, or None)."""
-    # One by one, so by the bare network.
+    # One photo at a time, so with the bare network.
     net, data_config = accelerator.unwrap_model(evaluation.net), evaluation.data_config
     rows = evaluation.photos.splits[evaluation.split]
     transform = transforms.eval_transform(data_config)
@@ -129,10 +129,10 @@ def galleries(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[i
 
 
 def run_knobs(model: str) -> list[tuple[str, str, object]]:
-    """Return group, name and value of every knob of the run whose folder holds the model; none elsewhere."""
+    """Return group, name and value of every knob of the run that the model belongs to, if any."""
     with contextlib.suppress(OSError, ValueError):
         config = json.loads((Path(model).resolve().parent / "config.json").read_text(encoding="utf-8"))
-        if isinstance(config, dict) and "recipe" in config:  # else it is something else's config.json
+        if isinstance(config, dict) and "recipe" in config:  # otherwise it is not a run's config.json
             groups = {name: value for name, value in config.items() if isinstance(value, dict)}
             return [("", "recipe", config["recipe"])] + [
                 (group, *knob) for group, knobs in groups.items() for knob in knobs.items()
@@ -141,7 +141,7 @@ def run_knobs(model: str) -> list[tuple[str, str, object]]:
 
 
 def validation_cut(knobs: Sequence[tuple[str, str, object]], data_dir: str) -> tuple[float, int]:
-    """Return the share of train that a run with these knobs held back, and its seed; none of other photos."""
+    """Return the share of train that the run split off, and its seed; 0 if it used other photos."""
     knob = {name: value for _, name, value in knobs}
     if "data_dir" in knob and Path(knob["data_dir"]).resolve() == Path(data_dir).resolve():
         return knob["val_fraction"], knob["seed"]

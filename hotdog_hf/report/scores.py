@@ -1,4 +1,4 @@
-"""The numbers of a report: metrics with bootstrap intervals, and a threshold chosen on validation."""
+"""The metrics of a report: values with bootstrap intervals, and a threshold chosen on validation."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from hotdog_hf.metrics import ClassificationReport, class_scores, sum_by
 
 CALIBRATION_BINS = 15
 RESAMPLES = 1000
-# Photos times resamples that are weighed at a time, 4 bytes each.
+# Photos times resamples per chunk of weights, 4 bytes each.
 MAX_WEIGHTS = 10_000_000
 
 
 def label_order(data_names: Sequence[str], label_names: Sequence[str]) -> np.ndarray:
-    """Return the model's index of every class of the data; `UserError` where they are not the same."""
+    """Return the model's index of every class of the data; `UserError` if they are not the same."""
     if only := sorted(set(data_names) ^ set(label_names)):
         where = [f"{name!r} (only in the {'data' if name in data_names else 'model'})" for name in only]
         raise UserError(f"the classes of the model and of the data do not agree: {', '.join(where)}")
@@ -25,7 +25,7 @@ def label_order(data_names: Sequence[str], label_names: Sequence[str]) -> np.nda
 def summarise(
     probabilities: np.ndarray, labels: np.ndarray, label_names: list[str], positive_label: str | None
 ) -> dict:
-    """Return each number of a split as value, low and high, the confusion matrix, and each class's numbers.
+    """Return each metric of a split as value, low and high, the confusion matrix, and each class's metrics.
 
     Low and high are the 95 % percentile bootstrap interval over photos: `RESAMPLES` draws from one seed.
     """
@@ -41,12 +41,12 @@ def summarise(
     portion = max(min(MAX_WEIGHTS // len(labels), RESAMPLES), 1)
     for start in range(0, RESAMPLES, portion):
         weights = np.empty((min(portion, RESAMPLES - start), len(labels)), np.float32)
-        for row in weights:  # a resample is a weight for every photo
+        for row in weights:  # a resample is one weight per photo
             row[:] = np.bincount(rng.integers(0, len(labels), len(labels)), minlength=len(labels))
         draws.append(_weighted(scores, labels, weights, positive))
     intervals = {}
     for name, value in (values | known).items():
-        # A resample without any photo of a class has no ROC-AUC of it.
+        # A resample without any photo of a class has no ROC-AUC for it.
         low, high = np.nanquantile(np.concatenate([draw[name] for draw in draws]), (0.025, 0.975))
         intervals[name] = {"value": value, "low": float(low), "high": float(high)}
     columns = class_scores(scores, labels)
@@ -71,10 +71,10 @@ def normalise_rows(probabilities: np.ndarray) -> np.ndarray:
 def _weighted(
     scores: np.ndarray, labels: np.ndarray, weights: np.ndarray, positive: int | None
 ) -> dict[str, np.ndarray]:
-    """Return every number, [R], for each row of `weights`, float32 [R, N], at once: how often a photo counts.
+    """Return every metric, [R], for each row of `weights`, float32 [R, N]: how often each photo counts.
 
-    Means over classes are over those with a photo that counts: with few photos of many classes no resample
-    has them all.
+    Means over classes leave out those without a photo: with few photos of many classes no resample has them
+    all.
     """
     chosen, classes = scores.argmax(axis=1), scores.shape[1]
     tiny = np.finfo(np.float64).eps  # scikit-learn's log-loss cuts off there too
@@ -82,7 +82,7 @@ def _weighted(
     squares = np.maximum(np.einsum("nc,nc->n", scores, scores) - 2 * true_score + 1, 0)
     bins, gaps = confidence_bins(scores), (chosen == labels) - scores.max(axis=1)
     by_photo = [chosen == labels, -np.log(true_score.clip(tiny, 1 - tiny))]
-    # Of two classes the square of one class alone, as is usual (and scikit-learn's).
+    # With two classes the square of one class only, as usual (and in scikit-learn).
     by_photo += [squares / 2 if classes == 2 else squares]
     by_photo += [gaps * (bins == index) for index in range(CALIBRATION_BINS)]
     accuracy, loss, brier, *in_bins = (
@@ -107,14 +107,14 @@ def _weighted(
 
 
 def confidence_bins(scores: np.ndarray) -> np.ndarray:
-    """Return each photo's bin of equal width by the probability of the class chosen."""
+    """Return the bin, of equal width, of each photo's highest probability."""
     return np.minimum((scores.max(axis=1) * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
 
 
 def choose_threshold(predicted: dict[str, tuple[np.ndarray, np.ndarray]], positive: int) -> dict:
-    """Return from which probability on "positive" gives the highest F1 on validation, and what it then gives.
+    """Return the threshold on the positive class's probability with the highest F1 on validation, and scores.
 
-    `predicted` has the probabilities and labels of "validation", and of any split that is judged by it.
+    `predicted` has the probabilities and labels of "validation", and of any split to evaluate with it.
     """
     rows, labels = predicted["validation"]
     precision, recall, thresholds = sk.precision_recall_curve(labels == positive, rows[:, positive])

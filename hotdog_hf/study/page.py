@@ -20,15 +20,15 @@ PICTURES = ("curves.png", "intervals.png", "rates.png")
 
 
 def answers(rows: dict[str, dict], results: list[Result], zero: dict | None) -> list[tuple[str, str]]:
-    """Return the chapter's questions, each with an answer in two sentences, as far as the runs tell."""
+    """Return the chapter's questions that the runs can answer, each with its answer."""
     said = []
     if {"finetune", "scratch"} <= rows.keys():
         tuned_row, scratch = rows["finetune"], rows["scratch"]
         said.append(
             (
                 "Does fine-tuning beat training from scratch for the same epochs?",
-                f"Fine-tuned, the network is right on {_percent(tuned_row)} of the test photos; from scratch,"
-                f" on {_percent(scratch)}. {_verdict(scratch, 'training from scratch')}",
+                f"Fine-tuned, the network classifies {_percent(tuned_row)} of the test photos correctly; from"
+                f" scratch, {_percent(scratch)}. {_verdict(scratch, 'training from scratch')}",
             )
         )
     rates = [result for result in results if result.run.experiment == "rates"]
@@ -41,8 +41,8 @@ def answers(rows: dict[str, dict], results: list[Result], zero: dict | None) -> 
             (
                 "Exercise 2: does the comparison hold when both are tuned?",
                 f"With the rate and the weight decay that validation chose for each ({_knobs(pretrained)};"
-                f" {_knobs(scratch)}), fine-tuning is right on {pretrained.test['accuracy']:.1%} of the test"
-                f" photos and training from scratch on {scratch.test['accuracy']:.1%}."
+                f" {_knobs(scratch)}), fine-tuning reaches {pretrained.test['accuracy']:.1%} on the test"
+                f" photos and training from scratch {scratch.test['accuracy']:.1%}."
                 f" {_paired_sentence(mcnemar(pretrained, scratch), 'fine-tuned', 'from scratch')}",
             )
         )
@@ -50,7 +50,7 @@ def answers(rows: dict[str, dict], results: list[Result], zero: dict | None) -> 
         said.append(
             (
                 "Exercise 3: what if the body is not trained?",
-                f"With the body frozen and the output layer alone trained, without augmentation, the accuracy"
+                f"With the body frozen and only the output layer trained, without augmentation, the accuracy"
                 f" is {_percent(rows['frozen'])}. {_verdict(rows['frozen'], 'that')}",
             )
         )
@@ -60,13 +60,13 @@ def answers(rows: dict[str, dict], results: list[Result], zero: dict | None) -> 
         shot = (
             ""
             if zero is None
-            else f" Asking the source alone whether its class is likely is right on {zero['accuracy']:.1%}"
+            else f" The source alone, by the probability of its class, reaches {zero['accuracy']:.1%}"
             f" (ROC-AUC {zero['roc_auc']:.3f}), with a threshold from train."
         )
         said.append(
             (
-                "Exercise 4: what is ImageNet's own weight vector worth?",
-                f"An output layer made of the source classifier's rows is right on {before}"
+                "Exercise 4: how well does ImageNet's own weight vector do?",
+                f"An output layer made of the source classifier's rows reaches {before}"
                 f"{_percent(vector)} after it.{shot} {_verdict(vector, 'starting from the class vector')}",
             )
         )
@@ -83,7 +83,7 @@ def _percent(row: dict) -> str:
 
 
 def _verdict(row: dict, what: str) -> str:
-    """Say what the paired difference to fine-tuning shows."""
+    """Return the paired difference from fine-tuning in words."""
     difference, bounds = row["difference"], row["difference_interval"]
     if difference is None:
         return "There is no fine-tuned run of the same seed to compare with."
@@ -91,19 +91,20 @@ def _verdict(row: dict, what: str) -> str:
     if bounds is None:
         return f"Here {what} was {points}, with one seed ({_mcnemar_text(row['mcnemar'])})."
     low, high = (value * 100 for value in bounds)
-    shown = "more than seeds vary" if low > 0 or high < 0 else "which may be the seeds' chance"
+    shown = "more than the seeds vary" if low > 0 or high < 0 else "which may be chance"
     return f"Here {what} is {points} (95 % interval {low:+.1f} to {high:+.1f}), {shown}."
 
 
 def _mcnemar_text(test: dict) -> str:
     return (
-        f"right alone on {test['only_this']} and {test['only_finetune']} photos, McNemar p = {test['p']:.2g}"
+        f"alone correct on {test['only_this']} and {test['only_finetune']} photos,"
+        f" McNemar p = {test['p']:.2g}"
     )
 
 
 def _paired_sentence(test: dict, ours: str, theirs: str) -> str:
     return (
-        f"Only {ours} was right on {test['only_this']} photos and only {theirs} on {test['only_finetune']}"
+        f"Only {ours} was correct on {test['only_this']} photos and only {theirs} on {test['only_finetune']}"
         f" (McNemar p = {test['p']:.2g})."
     )
 
@@ -115,7 +116,7 @@ def _knobs(result: Result) -> str:
 def _rates_answer(rates: list[Result]) -> str:
     whole = sorted((result for result in rates if not result.diverged), key=rate_factor)
     broken = sorted(rate_factor(result) for result in rates if result.diverged)
-    breaks = [f"from {broken[0]:g} times the book's rate on the loss is no number any more"] if broken else []
+    breaks = [f"from {broken[0]:g} times the book's rate on the loss diverges"] if broken else []
     if not whole:
         return f"{breaks[0].capitalize()}."
 
@@ -125,14 +126,14 @@ def _rates_answer(rates: list[Result]) -> str:
         return f"{rate} gives {result.test['accuracy']:.1%}"
 
     best = max(range(len(whole)), key=lambda index: whole[index].test["accuracy"])
-    # Of the rates above the best, the next and the highest.
+    # Of the rates above the best one: the next, and the highest.
     told = [say(result) for result in (whole[best + 1 : best + 2] + whole[best + 2 :][-1:])] + breaks
     end = f"Beyond it, {', '.join(told)}" if told else "No higher rate was tried"
     return f"The best test accuracy of the sweep: {say(whole[best])}. {end}."
 
 
 def write_study(study_dir: Path, results: list[Result], zero: dict | None, facts: dict) -> None:
-    """Write `README.md` and `results.csv` of the study; `facts` has what the template says of the machine."""
+    """Write `README.md` and `results.csv` of the study; `facts` holds the rest of the template's values."""
     rows = summaries(results)
     template = templates.load(
         "study/page.md.j2",

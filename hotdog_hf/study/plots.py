@@ -7,7 +7,7 @@ from hotdog_hf.training.plots import figure_axes
 
 
 def plot_arms(rows: dict[str, dict], path: str | os.PathLike) -> None:
-    """Draw each arm's mean test accuracy with its interval, best above; nothing where there is no arm."""
+    """Draw each arm's mean test accuracy with its interval, the best at the top; nothing without an arm."""
     if not rows:
         return
     arms = sorted(rows.values(), key=lambda row: row["mean"])
@@ -22,7 +22,7 @@ def plot_arms(rows: dict[str, dict], path: str | os.PathLike) -> None:
 
 
 def plot_arm_curves(curves: dict[str, tuple[list[int], list[float]]], path: str | os.PathLike) -> None:
-    """Draw the accuracies of all arms over the epochs; nothing where there is no arm."""
+    """Draw the accuracies of all arms over the epochs; nothing without an arm."""
     if not curves:
         return
     with figure_axes((7, 4), path) as axes:
@@ -35,7 +35,7 @@ def plot_arm_curves(curves: dict[str, tuple[list[int], list[float]]], path: str 
 
 
 def plot_rates(rates: Sequence[tuple[float, float | None]], path: str | os.PathLike) -> None:
-    """Draw accuracy against the factor on the learning rate; a rate at which the loss diverged is a cross."""
+    """Draw accuracy against the factor on the learning rate; crosses are rates with a diverged loss."""
     if not rates:
         return
     with figure_axes((6, 3.6), path) as axes:

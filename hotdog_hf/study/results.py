@@ -1,4 +1,4 @@
-"""What the runs of a study say together, and how certain that is."""
+"""The results of a study's runs, with their statistics."""
 
 import csv
 import json
@@ -17,14 +17,14 @@ from hotdog_hf.metrics import quality
 from hotdog_hf.study.plan import ARMS, Run, override
 from hotdog_hf.training.records import scores_of
 
-# Marks a run whose loss became infinite, which is its result.
+# Marks a run whose loss diverged, which is a result too.
 DIVERGED_FILE = "broke.json"
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one finished run left: the rows of its metrics, or none where its loss diverged."""
+    """The metrics rows of one finished run; none if its loss diverged."""
 
     run: Run
     folder: Path
@@ -32,17 +32,17 @@ class Result:
 
     @property
     def diverged(self) -> bool:
-        """Tell whether the loss became infinite."""
+        """Return whether the loss diverged."""
         return not self.rows
 
     @property
     def test(self) -> dict:
-        """Return the test scores of the kept model."""
+        """Return the test scores of the saved model."""
         return scores_of(self.rows[-1], "test")
 
     @property
     def validation(self) -> dict:
-        """Return the validation scores of the kept epoch: the best, or the last."""
+        """Return the validation scores of the saved epoch: the best, or the last."""
         epochs = [scores_of(row, "validation") for row in self.rows[:-1]]
         if self.run.config.run.keep == "last":
             return epochs[-1]
@@ -64,7 +64,7 @@ def tuned(grid: list[Result], arm: str) -> Run | None:
 
 
 def read_result(run: Run, folder: Path) -> Result | None:
-    """Return a finished run's result, or None where it has to be run, or to go on."""
+    """Return a finished run's result, or None if it has to be started or resumed."""
     if (folder / DIVERGED_FILE).is_file():
         return Result(run, folder, [])
     file = folder / "metrics.jsonl"
@@ -75,7 +75,7 @@ def read_result(run: Run, folder: Path) -> Result | None:
 
 
 def write_diverged(folder: Path, message: str) -> None:
-    """Mark a run whose loss became infinite."""
+    """Mark a run whose loss diverged."""
     write_json(folder / DIVERGED_FILE, {"error": message})
 
 
@@ -89,7 +89,7 @@ def interval(values: list[float]) -> tuple[float, float] | None:
 
 
 def summarise(results: list[Result], arm: str) -> dict | None:
-    """Return mean, deviation and interval of an arm's test accuracy, and its difference to fine-tuning."""
+    """Return mean, deviation and interval of an arm's test accuracy, and its difference from fine-tuning."""
     by_seed = {result.run.seed: result for result in results if result.run.experiment == arm}
     reference = {result.run.seed: result for result in results if result.run.experiment == "finetune"}
     if not by_seed or any(result.diverged for result in by_seed.values()):
@@ -120,7 +120,7 @@ def summarise(results: list[Result], arm: str) -> dict | None:
 
 
 def mcnemar(one: Result, other: Result) -> dict:
-    """Return the exact McNemar test of two runs on the same test photos: who alone was right, and p."""
+    """Return the exact McNemar test of two runs on the same test photos: those only one gets right, and p."""
     ours, theirs = (_right(result.folder) for result in (one, other))
     only_ours, only_theirs = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     p = scipy.stats.binomtest(only_ours, only_ours + only_theirs).pvalue if only_ours + only_theirs else 1.0
@@ -135,10 +135,10 @@ def _right(folder: Path) -> np.ndarray:
 def zero_shot(
     split_features: dict[str, FeatureDataset], source_head: torch.nn.Module, source_class: int, positive: int
 ) -> dict:
-    """Judge "is the source's own class likely" before any training: accuracy and ROC-AUC on test.
+    """Evaluate the source's own class before any training: accuracy and ROC-AUC on test.
 
-    `split_features` has the features of train and test. The answer is yes from the probability on that is
-    right most often on train.
+    `split_features` has the features of train and test; the threshold on the probability is the one with the
+    highest accuracy on train.
     """
     with torch.no_grad():
         head = source_head.cpu()
@@ -165,7 +165,7 @@ def rate_factor(result: Result) -> float:
 
 
 def rates_table(results: list[Result]) -> list[tuple[float, float | None]]:
-    """Return the factors on the chapter's rate, rising, with the test accuracy, or None where it diverged."""
+    """Return the factors on the chapter's rate, rising, with the test accuracy, or None if it diverged."""
     pairs = [
         (rate_factor(result), None if result.diverged else result.test["accuracy"])
         for result in results
@@ -175,7 +175,7 @@ def rates_table(results: list[Result]) -> list[tuple[float, float | None]]:
 
 
 def choices_table(results: list[Result], experiment: str) -> list[dict]:
-    """Return the validation figures of everything that was tried and chosen from, by name, means of seeds."""
+    """Return the validation scores of every run of an experiment by name, means over seeds."""
     names = dict.fromkeys(result.run.name for result in results if result.run.experiment == experiment)
     table = []
     for name in names:
@@ -194,7 +194,7 @@ def choices_table(results: list[Result], experiment: str) -> list[dict]:
 
 
 def write_results(path: Path, results: list[Result]) -> None:
-    """Write a CSV line a run: where it is, its knobs that tell it apart, and all its numbers."""
+    """Write one CSV line per run: its name, seed and folder, all its metrics, and its command."""
     columns = dict.fromkeys(
         key for result in results if result.rows for key in result.rows[-1] if key not in ("final", "epoch")
     )
@@ -216,7 +216,7 @@ def summaries(results: list[Result]) -> dict[str, dict]:
 
 
 def curves(results: list[Result]) -> dict[str, tuple[list[int], list[float]]]:
-    """Return each arm's epochs and its accuracies on the split that judges them, means over the seeds."""
+    """Return each arm's epochs and its accuracies on the split that ranks them, means over the seeds."""
     drawn = {}
     for arm in ARMS:
         rows = [r.rows[:-1] for r in results if r.run.experiment == arm and not r.diverged]

@@ -1,4 +1,4 @@
-"""The study from start to end: the queue of runs, what is trained, what is written."""
+"""The study from start to end: the queue of runs, their training, the written page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,24 +35,24 @@ from hotdog_hf.training.run_dir import resume_command
 
 
 class Clock:
-    """How long runs will take: by a measured pass at first, then by what finished runs took."""
+    """Estimates how long runs take: from a measured pass at first, then from finished runs."""
 
     def __init__(
         self, counts: dict[str, dict[str, int]], size: int, train_seconds: float, eval_seconds: float
     ):
-        """Take photos by split and class, the side of the input, and seconds a photo."""
+        """Takes the photos by split and class, the side of the input, and the seconds per photo."""
         self.photos = {split: sum(by_class.values()) for split, by_class in counts.items()}
         self.size, self.train_seconds, self.eval_seconds = size, train_seconds, eval_seconds
         self.guessed = self.taken = 0.0
 
     def guess(self, run: Run) -> float:
-        """Return the seconds of a run by the measured pass alone."""
+        """Estimate the seconds of a run from the measured pass only."""
         data, epochs = run.config.data, run.config.optim.epochs
-        judged = self.photos.get("validation", self.photos["test"]) * self.eval_seconds
+        evaluation = self.photos.get("validation", self.photos["test"]) * self.eval_seconds
         if run.config.model.cache_features:
-            return 2 * judged
+            return 2 * evaluation
         scale = ((data.train_image_size or self.size) / self.size) ** 2
-        return epochs * (self.photos["train"] * self.train_seconds * scale + judged) + judged
+        return epochs * (self.photos["train"] * self.train_seconds * scale + evaluation) + evaluation
 
     def learn(self, result: Result) -> None:
         """Take a finished run into account."""
@@ -69,7 +69,7 @@ class Clock:
 
 @dataclass
 class Study:
-    """The runs that are still to come, and the results of those that are done."""
+    """The runs still to do, and the results of those that are done."""
 
     config: ReproduceConfig
     folder: Path
@@ -81,7 +81,7 @@ class Study:
 
 
 def plan_study(config: ReproduceConfig, accelerator: Accelerator) -> Study:
-    """Open the photos and list all runs, except for those that a grid has yet to choose."""
+    """Open the photos and list all runs, except those that depend on the grid's result."""
     folder = Path(config.output_dir)
     with files.writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def plan_study(config: ReproduceConfig, accelerator: Accelerator) -> Study:
 
 
 def train_missing(study: Study, accelerator: Accelerator, stop: launch.StopSignal) -> UserError | None:
-    """Train the runs without a result, until all have one, `stop` is set or a run fails; return its error."""
+    """Train the runs that have no result, until done, stopped, or a run fails; return its error."""
     manifest = study.photos.manifest()
     while study.queue and not stop.number:
         run = study.queue.pop(0)
@@ -119,7 +119,7 @@ def train_missing(study: Study, accelerator: Accelerator, stop: launch.StopSigna
             try:
                 train(override(run.config, output_dir=str(folder), resume="auto"), accelerator, stop)
             except UserError as error:
-                # Too high a rate is a result too.
+                # A diverged loss is a result too.
                 if not isinstance(error.__cause__, engine.NonFiniteLossError):
                     return error
                 accelerator.print(str(error))
@@ -131,7 +131,7 @@ def train_missing(study: Study, accelerator: Accelerator, stop: launch.StopSigna
                 return None  # stopped
             study.clock.learn(result)
         study.results.append(result)
-        # What a grid chooses is trained once all of the grid is there.
+        # The grid's best is trained once the whole grid is done.
         if run.experiment == "grid" and not any(left.experiment == "grid" for left in study.queue):
             chosen = [tuned(study.results, arm) for arm in ("finetune", "scratch")]
             study.queue += [run for run in chosen if run]
@@ -145,7 +145,7 @@ def match_source(config: ReproduceConfig, photos: Photos) -> tuple[torch.nn.Modu
 
 
 def ask_source(study: Study, accelerator: Accelerator) -> dict | None:
-    """Evaluate the source's own class before any training; None without a class that corresponds to ours."""
+    """Evaluate the source's own class before any training; None if no class corresponds to ours."""
     if "class-vector" not in study.experiments:
         return None
     config, label_names = study.config, study.photos.label_names
