@@ -1,4 +1,4 @@
-"""The one exception that means "you can mend this", and how a script ends on it."""
+"""The exception for mistakes that the user can fix, and how a script exits on it."""
 
 import contextlib
 import io
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """A mistake the user can mend; the message names the file or value, the fault, and what to do next."""
+    """A mistake that the user can fix; the message names the file or value, the problem, and what to do."""
 
 
 def message_of(error: UserError) -> str:
-    """Return the message in one line; a loader worker's error arrives with its traceback above it."""
+    """Return the message in one line; the error of a loader process arrives with a traceback above it."""
     text = str(error)
     if "Traceback (most recent call last)" in text:
         text = re.sub(r"^hotdog_hf(\.\w+)+: ", "", text.strip().splitlines()[-1])
@@ -27,7 +27,7 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the script with one line on stderr and exit code 2 where a `UserError` reaches it; no traceback.
+    """Exit with one line on stderr and exit code 2, without a traceback, if a `UserError` is raised.
 
     Characters that the output's encoding lacks (a class "süß" in an ASCII locale) are printed as escapes.
     """

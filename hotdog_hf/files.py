@@ -1,4 +1,4 @@
-"""Writing to disk: whole or not at all, and with a clear message where it cannot be."""
+"""Atomic writes to disk, with a clear message if they fail."""
 
 import contextlib
 import json
@@ -13,17 +13,17 @@ import safetensors
 
 from hotdog_hf.errors import UserError
 
-# A file still unfinished after this long is nobody's any more.
+# An unfinished file older than this was left by a killed process.
 SECONDS_TO_WRITE = 3600
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON for people to read, whole or not at all."""
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there."""
+    """Write a file atomically: to a name beside it, then renamed."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
@@ -31,10 +31,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing_file(file: Path) -> Iterator[Path]:
-    """Yield a new name beside `file` to write to, and move it to `file` in the end; its folder is made.
+    """Yield a new name beside `file` to write to, and rename it to `file` at the end; creates its folder.
 
-    Several processes may do so at once: the last one's content stays. What killed ones left beside it is
-    cleared away after an hour.
+    Several processes may do so at once: the last one wins. Files left by killed processes are deleted after
+    an hour.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     for left in file.parent.glob("*.part"):
@@ -51,7 +51,7 @@ def replacing_file(file: Path) -> Iterator[Path]:
 def flush(path: Path) -> None:
     """Wait until the content of a file, or the names in a folder, have reached the disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows keeps the names of a folder by itself, and opens none
+        return  # Windows cannot open a folder, and writes its names by itself
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -61,11 +61,11 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill, and move it to `folder` in the end, in the place of an earlier one.
+    """Yield an empty folder to fill, and rename it to `folder` at the end, replacing an earlier one.
 
-    Killed at any moment, it leaves the earlier folder or the new one, whole: at its place or, between the two
-    renames, as `<folder>.old`. What is left beside it is cleared away by the next call. The files can be read
-    by whoever may read the folder, also those that their writer kept to the user (safetensors does).
+    A kill at any moment leaves the earlier folder or the new one complete: at its place or, between the two
+    renames, as `<folder>.old`. The next call deletes what is left beside it. Everyone who may read the folder
+    may read the files, even if their writer restricts them to the user (as safetensors does).
     """
     part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
     _restore(folder, old)
@@ -96,7 +96,7 @@ def _restore(folder: Path, old: Path) -> None:
 
 @contextlib.contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that has gone into a `UserError` that names the folder."""
+    """Turn a full disk or a missing folder into a `UserError` that names the folder."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""The network: files from the Hub, uploads to it, and its errors in plain words."""
+"""The Hub: downloads, uploads, and its errors as clear messages."""
 
 import contextlib
 import os
@@ -25,8 +25,8 @@ PROBE_SECONDS = 3
 def fetch_file(repo: str, names: Sequence[str]) -> Path:
     """Return the first of the files `names` that a Hub model has, from the cache or downloaded.
 
-    Raises `UserError` within seconds where the Hub can't be reached: the download itself would retry for most
-    of a minute, so it is asked first with a short limit.
+    Raises `UserError` within seconds if the Hub can't be reached: the download itself would retry for most of
+    a minute, so a request with a short timeout comes first.
     """
     for name in names:
         if isinstance(cached := huggingface_hub.try_to_load_from_cache(repo, name), str):
@@ -38,22 +38,20 @@ def fetch_file(repo: str, names: Sequence[str]) -> Path:
                     huggingface_hub.hf_hub_url(repo, name), timeout=PROBE_SECONDS
                 )
                 return Path(huggingface_hub.hf_hub_download(repo, name))
-            except (
-                LocalEntryNotFoundError
-            ):  # the network went away; a kind of the error below, by inheritance
+            except LocalEntryNotFoundError:  # the network is down; a subclass of the error below
                 raise
             except EntryNotFoundError:
                 continue
-    raise UserError(f"{repo} on the Hub holds none of {', '.join(names)}")
+    raise UserError(f"{repo} on the Hub has none of {', '.join(names)}")
 
 
 def check_can_push(repo: str, repo_type: str = "model") -> None:
-    """Raise `UserError` where `push` would fail: a bad name, not logged in, no permission, no network."""
+    """Raise `UserError` if an upload would fail: a bad name, not logged in, no permission, no network."""
     api = huggingface_hub.HfApi()
     with hub_errors(repo):
         huggingface_hub.utils.validate_repo_id(repo)
         if "/" not in repo:
-            raise UserError(f"{repo!r} is no Hub name: it has the form user/name")
+            raise UserError(f"{repo!r} is not a Hub name: use the form user/name")
         if huggingface_hub.get_token() is None:
             raise UserError("not logged in to the Hub: run `hf auth login`, or set HF_TOKEN to a write token")
         user = api.whoami()
@@ -73,9 +71,9 @@ def check_can_push(repo: str, repo_type: str = "model") -> None:
 def push_folder(
     folder: str | os.PathLike, repo: str, *, private: bool = False, revision: str | None = None
 ) -> str:
-    """Upload a model folder in one commit, creating repository and branch where needed; return its address.
+    """Upload a model folder in one commit, creating repository and branch if needed; return its URL.
 
-    What is unchanged isn't sent again. Raises `UserError` naming the cause; the folder stays as it is.
+    Unchanged files are not uploaded again. Raises `UserError` naming the cause; the folder stays unchanged.
     """
     api = huggingface_hub.HfApi()
     files = sorted(path for path in Path(folder).iterdir() if path.is_file())
@@ -90,19 +88,19 @@ def push_folder(
         flags = [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
         again = shlex.join(["python", "scripts/push.py", str(folder), repo, *flags])
         raise UserError(
-            f"{error}. Nothing is lost: {folder} is as it was; push it later with `{again}`"
+            f"{error}. Nothing is lost: {folder} is unchanged; push it later with `{again}`"
         ) from error
     return f"{url}/tree/{revision}" if revision else str(url)
 
 
 @contextlib.contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
-    """Turn what the Hub client raises about `repo` into one `UserError` that says what to do."""
+    """Turn errors of the Hub client about `repo` into a `UserError` that says what to do."""
     endpoint = huggingface_hub.constants.ENDPOINT
     try:
         yield
     except HFValidationError as error:
-        raise UserError(f"{repo!r} is no Hub name: it has the form user/name ({error})") from error
+        raise UserError(f"{repo!r} is not a Hub name: use the form user/name ({error})") from error
     except LocalEntryNotFoundError as error:
         raise UserError(f"cannot reach {endpoint} for {repo}, and it is not in the cache") from error
     except RevisionNotFoundError as error:
@@ -117,11 +115,11 @@ def hub_errors(repo: str) -> Iterator[None]:
             401: "the token is not valid: run `hf auth login`",
             403: "your token has no permission for this",
         }
-        raise UserError(f"{repo}: {reason.get(status, f'the Hub answered {status}: {error}')}") from error
+        raise UserError(f"{repo}: {reason.get(status, f'the Hub returned {status}: {error}')}") from error
     except (OSError, RuntimeError, *_transport_errors()) as error:
         raise UserError(f"cannot reach {endpoint} for {repo} ({type(error).__name__}: {error})") from error
 
 
 def _transport_errors() -> list[type[Exception]]:
-    """Return the error base of the HTTP library that this version of the Hub client has loaded."""
+    """Return the base error of the HTTP library that this version of the Hub client uses."""
     return [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]

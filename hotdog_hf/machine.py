@@ -1,4 +1,4 @@
-"""What this machine offers: cores to use, memory, and a place to keep things."""
+"""The machine: cores to use, memory, and a cache folder."""
 
 import contextlib
 import ctypes
@@ -21,9 +21,9 @@ def allowed_cores() -> int:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return how many cores' time the control groups of this process get, or None without a limit.
+    """Return the CPU quota of this process's control groups in cores, or None without a limit.
 
-    Such are the limits of `docker run --cpus`, Kubernetes and systemd, which no affinity shows. Both versions
+    It is the limit of `docker run --cpus`, Kubernetes and systemd, not part of the affinity. Both versions
     of Linux's control groups are read (https://docs.kernel.org/admin-guide/cgroup-v2.html), below `root`.
     """
     quotas = []
@@ -50,20 +50,20 @@ def _quota_of(group: Path) -> float | None:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Return the signals by which a run is told to stop, as far as this system has them."""
+    """Return the signals that tell a run to stop, those that this system has."""
     names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has no SIGUSR1, which SLURM warns with
     return [signal.Signals[name] for name in names if hasattr(signal, name)]
 
 
 def cpu_requested() -> bool:
-    """Tell whether `accelerate launch --cpu` started this process, which then leaves a GPU alone."""
+    """Return whether `accelerate launch --cpu` started this process, which then uses no GPU."""
     return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes", "on")
 
 
 def cpu_has_bf16() -> bool:
-    """Tell whether the CPU multiplies in bf16 itself, as server CPUs since about 2022 do.
+    """Return whether the CPU has native bf16 arithmetic, as server CPUs since about 2022 do.
 
-    Others take many times longer for it. Only Linux is asked.
+    Others are many times slower in it. Detected only on Linux.
     """
     with contextlib.suppress(OSError):
         about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -74,8 +74,8 @@ def cpu_has_bf16() -> bool:
 def cache_dir() -> Path:
     """Return `~/.cache/hotdog_hf`, or the same below `XDG_CACHE_HOME`.
 
-    A user without a home, as with `docker run --user`, gets a folder that cannot be made: caches save time,
-    nothing else, and one in a folder of everybody's could be anybody's.
+    A user without a home, as with `docker run --user`, gets a path that cannot be created: caches only save
+    time, and anybody could write to one in a shared folder.
     """
     if cache_home := os.environ.get("XDG_CACHE_HOME"):
         return Path(cache_home) / "hotdog_hf"
@@ -86,7 +86,7 @@ def cache_dir() -> Path:
 
 
 def keep_freed_memory() -> None:
-    """Let freed blocks be used again, where glibc gives large ones back to the system at once.
+    """Keep freed memory for reuse, which glibc would return to the system at once if the block is large.
 
     A network on a CPU would pay for their page faults in every layer: without them a training step of
     ResNet-18 on 128 photos takes 0.8 of the time, with half as much memory again at its peak.

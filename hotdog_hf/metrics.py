@@ -1,4 +1,4 @@
-"""The numbers of a classifier as an `evaluate.Metric` that needs no network."""
+"""The metrics of a classifier as an `evaluate.Metric` that needs no network."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse, special
 from sklearn import metrics as sk
 
-# Names of the metrics as the Hub lists them, and as people read them.
+# Names of the metrics: on the Hub, and for people.
 CARD_METRICS = {
     "accuracy": "Accuracy",
     "precision": "Precision",
@@ -18,18 +18,18 @@ CARD_METRICS = {
     "average_precision": "Average precision",
 }
 
-# Entries of the largest table from which areas are counted, 8 bytes each.
+# Entries of the largest table that areas are computed from, 8 bytes each.
 AREA_TABLE = 4_000_000
 
 
 class ClassificationReport(evaluate.Metric):
-    """Accuracy and friends from probabilities, for two classes or more.
+    """Accuracy and related metrics from probabilities, for two or more classes.
 
     `compute(predictions=[N, classes] probabilities, references=[N] label indices)` returns accuracy, the mean
-    log-loss and the confusion matrix (rows: true class). `positive_label`, chosen by name, adds that class's
+    log-loss and the confusion matrix (rows: true class). `positive_label`, a class name, adds that class's
     precision, recall, F1, ROC-AUC and average precision; with more than two classes, or without a positive
-    class, their unweighted (macro) means over all classes stand there as `macro_...`. Values are
-    scikit-learn's, areas up to rounding; a precision or recall with nothing to divide by is 0.
+    class, their unweighted means over all classes are added as `macro_...`. Values equal scikit-learn's,
+    areas up to rounding; a precision or recall with a zero denominator is 0.
     """
 
     def __init__(self, label_names: list[str], positive_label: str | None = None, **kwargs: object):
@@ -45,13 +45,13 @@ class ClassificationReport(evaluate.Metric):
         )
 
     def _build_data_dir(self) -> str:
-        # Everything is kept in memory. evaluate would make a folder in the home, which may be read-only.
+        # Everything is in memory. evaluate would create a folder in the home, which may be read-only.
         return ""
 
     def compute(
         self, *, predictions: Sequence | None = None, references: Sequence | None = None, **kwargs: object
     ) -> dict:
-        """Return the numbers of these photos, or of all that `add_batch` has taken."""
+        """Return the metrics of these predictions, or of all that `add_batch` has collected."""
         if predictions is None or references is None:
             return super().compute(predictions=predictions, references=references, **kwargs)
         # evaluate would turn every number into a Python object first: 14 s and 1.1 GB for 10,000 photos of
@@ -76,10 +76,10 @@ class ClassificationReport(evaluate.Metric):
 
 
 def quality(scores: dict, start: dict | None = None) -> list[float]:
-    """Return what makes one epoch better than another: a lower log-loss.
+    """Return the key that ranks epochs, larger is better: a lower log-loss.
 
-    It tells epochs apart where accuracy, on a few photos, counts some by chance. No epoch is better than the
-    `start`, a solved head's scores, that is less accurate.
+    Log-loss is less noisy than accuracy on few photos. An epoch less accurate than `start`, the scores of a
+    fitted head, ranks below it.
     """
     return [float(start is None or scores["accuracy"] >= start["accuracy"]), -scores["loss"]]
 
@@ -93,7 +93,7 @@ def log_loss(scores: np.ndarray, labels: np.ndarray) -> float:
 def class_scores(
     scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, only: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Return the numbers of each class against the rest by name, [classes, R], or of `only` one, [1, R].
+    """Return the metrics of each class against the rest by name, [classes, R], or of `only` one, [1, R].
 
     `scores` are probabilities [N, classes]; `weights`, float32 [N, R], say how often each photo counts in R
     samples of them (None: once, R = 1). An area is NaN if no photo of either kind counts.

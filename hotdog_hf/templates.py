@@ -4,9 +4,9 @@ import jinja2
 
 
 def load(name: str, *, autoescape: bool = False, **filters: object) -> jinja2.Template:
-    """Return a template of this package, in which a name that is not given is an error.
+    """Return a template of this package, in which an undefined name is an error.
 
-    `autoescape` is for HTML: of every value, whatever the template is called.
+    `autoescape` escapes every value for HTML, whatever the template's file name.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hotdog_hf", "."),

@@ -145,7 +145,7 @@ def test_what_a_run_found_is_written_before_its_speed_is_measured(
     monkeypatch.setattr(engine, "measure_speed", no_memory)
     train_here(tiny_weights, photos_dir, tmp_path / "run", "--epochs", 1)
     said = capsys.readouterr().out
-    assert "was not measured: no memory is left" in said and "of the speed on photos in memory" not in said
+    assert "was not measured: not enough memory" in said and "of the speed on photos in memory" not in said
     final = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert "share_of_limit" not in final
 

@@ -189,7 +189,7 @@ def test_images_are_found_in_the_order_asked_for(album, tmp_path, monkeypatch):
         "no image in empty",
         "[1].png",  # exists, so it is no pattern
     ]
-    assert [str(item) for item in find_images(["-"])] == ["no paths on standard input"]
+    assert [str(item) for item in find_images(["-"])] == ["no paths on stdin"]
 
 
 def test_names_that_no_file_can_have_are_reported():
@@ -393,7 +393,7 @@ def read_terminal(descriptor):
         (("model.onnx", "a.png", "--threshold", "1.5"), 2, "--threshold must be from 0 to 1, got 1.5"),
         (("model.onnx", "a.png", "--batch-size", "0"), 2, "--batch-size must be at least 1, got 0"),
         (("no/such/model.onnx", "a.png"), 2, "error: no such model: no/such/model.onnx"),
-        (("/no/such/model", "a.png"), 2, "error: /no/such/model is no saved model"),
+        (("/no/such/model", "a.png"), 2, "error: /no/such/model is not a saved model"),
     ],
 )
 def test_a_mistake_is_one_clear_line(flags, code, message):

@@ -158,8 +158,8 @@ def test_a_private_model_is_for_its_owner(pushed, server, env, tmp_path):
         ("tester/new", "hf_wrong_token", "the token is not valid"),
         ("tester/new", "hf_read_token", "the token of tester may only read"),
         ("stranger/new", "hf_test_token", "no permission to create stranger/new: you are tester"),
-        ("bad name!", "hf_test_token", "'bad name!' is no Hub name"),
-        ("name", "hf_test_token", "'name' is no Hub name"),
+        ("bad name!", "hf_test_token", "'bad name!' is not a Hub name"),
+        ("name", "hf_test_token", "'name' is not a Hub name"),
     ],
 )
 def test_what_cannot_be_pushed_is_said_before_training(
@@ -202,7 +202,7 @@ def test_what_is_no_model_is_not_pushed(tmp_path, env):
     done = run("python", ROOT / "scripts/push.py", "hf-hub:tester/nothing", "tester/copy", **env)
     assert done.returncode == 2 and "hf-hub:tester/nothing is not a folder" in done.stderr
     done = run("python", ROOT / "scripts/push.py", tmp_path, "tester/nothing", **env)
-    assert done.returncode == 2 and "is no saved model" in done.stderr
+    assert done.returncode == 2 and "is not a saved model" in done.stderr
     done = run("python", ROOT / "scripts/push.py", "tester/nothing", **env)
     assert done.returncode == 2 and "give a model folder and a Hub name" in done.stderr
 

@@ -129,7 +129,7 @@ def test_a_tracker_gets_the_numbers(train, photos_dir, tmp_path):
     ("flags", "message"),
     [
         (("--data-dir", "no/such/folder"), "error: no such data folder: no/such/folder"),
-        (("--model", "resnet81"), "error: --model 'resnet81' is no timm model; did you mean"),
+        (("--model", "resnet81"), "error: --model 'resnet81' is not a timm model; did you mean"),
         (("--model", "test_vit"), "are no weights of test_vit"),
         (("--learning-rate", "-1"), "--learning-rate must be above 0, got -1.0"),
         (("--keep", "best"), "error: --keep best needs a validation split"),

@@ -1,4 +1,4 @@
-"""Output layers that start from knowledge: a solved regression, or the source classifier's own vectors."""
+"""Fitted output layers: a logistic regression, or the source classifier's own vectors."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.errors import UserError
 
 PROBE_FOLDS = 5
-# Inverse strengths of the regularisation to choose from, on standardised features.
+# Inverse regularisation strengths to choose from, for standardised features.
 PROBE_STRENGTHS = tuple(10.0**power for power in np.arange(-4, 1.5, 0.5))
 
 
@@ -28,9 +28,9 @@ def fit_head(
     source_head: torch.nn.Linear,
     source_classes: Sequence[int | None] | None,
 ) -> None:
-    """Set the output layer by the training photos' features, in the way `head_init` names.
+    """Fit the output layer to the training photos' features, as `head_init` says.
 
-    `seen` has the photos as in evaluation, each of `views` a random crop of every one of them.
+    `split_features` are of the photos as in evaluation, each of `views` of one random crop per photo.
     """
     features = split_features.features.numpy()
     if head_init == "probe":
@@ -51,29 +51,29 @@ def set_head(net: torch.nn.Module, weight: np.ndarray, bias: np.ndarray) -> None
 def probe_head(
     features: np.ndarray, labels: np.ndarray, seed: int, views: Sequence[np.ndarray] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Solve the output layer: weight [classes, D] and bias [classes] of a logistic regression.
+    """Fit the output layer: weight [classes, D] and bias [classes] of a logistic regression.
 
-    On features [N, D], and on `views` of the same photos [N, D] each, standardised with their own mean and
-    deviation, which are then folded into the layer. The strength of the L2 penalty is that of the lowest
-    log-loss in stratified cross-validation, which judges by the `features` of photos of which no view was
-    learned. Raises `UserError` where a class has a single photo.
+    Fitted to features [N, D], and to `views` of the same photos [N, D] each, standardised by their mean and
+    deviation, which are then folded into the layer. The L2 penalty is the one with the lowest log-loss in
+    stratified cross-validation, evaluated on the `features` of photos of which no view was used to fit.
+    Raises `UserError` if a class has a single photo.
     """
     fewest = int(np.bincount(labels).min())
     if fewest < 2:
         raise UserError("--head-init probe needs at least 2 training photos of every class")
-    # Newton's method without its matrix of D x D, whose solution took most of a probe's time.
+    # Newton's method without the D x D matrix, solving which took most of a probe's time.
     regression = LogisticRegression(solver="newton-cg", tol=1e-6, max_iter=5000)
     pipeline = make_pipeline(StandardScaler(), regression)
     split = StratifiedKFold(min(PROBE_FOLDS, fewest), shuffle=True, random_state=seed).split(labels, labels)
     starts = np.arange(1 + len(views))[:, None] * len(labels)
-    folds = [((starts + learned).ravel(), judged) for learned, judged in split]
+    folds = [((starts + fitted).ravel(), held_out) for fitted, held_out in split]
     strengths = {"logisticregression__C": PROBE_STRENGTHS}
     search = GridSearchCV(pipeline, strengths, scoring="neg_log_loss", cv=folds)
     everything = np.concatenate([features, *views]).astype(np.float64)
     scaler, regression = search.fit(everything, np.tile(labels, 1 + len(views))).best_estimator_
     weight = regression.coef_ / scaler.scale_
     bias = regression.intercept_ - weight @ scaler.mean_
-    if len(weight) == 1:  # of two classes scikit-learn solves the difference of their logits
+    if len(weight) == 1:  # for two classes scikit-learn fits the difference of logits
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     return weight, bias
 
@@ -84,11 +84,12 @@ def class_vector_head(
     """Build the output layer of the source classifier's own rows (Dive into Deep Learning, 14.2, exercise 4).
 
     Class i gets row `sources[i]` of `source_head`, weight and bias, so that its logit is the source's own.
-    The one class that may have none (None) stands for all other source classes. What makes the small softmax
-    agree with the source's is the log-sum-exp of their logits, which is not linear; for every distribution q
-    over them it is at least sum(q z) + entropy(q), a linear layer (Gibbs' inequality). Averaged over the
-    training photos' features [N, D] that bound is tightest at q = softmax(mean of z), which is used. The
-    plain mean of the rows is the bound for a uniform q: it counts a teapot as much as a cheeseburger.
+    At most one class has none (None): it stands for all other source classes. The small softmax would agree
+    with the source's if its logit were the log-sum-exp of theirs, which is not linear; for every
+    distribution q over them it is at least sum(q z) + entropy(q), a linear layer (Gibbs' inequality).
+    Averaged over the training photos' features [N, D] that bound is tightest at q = softmax(mean of z), which
+    is used. The plain mean of the rows is the bound for a uniform q: it counts a teapot as much as a
+    cheeseburger.
     """
     rows = source_head.weight.detach().cpu().numpy().astype(np.float64)
     biases = np.zeros(len(rows))
@@ -107,10 +108,10 @@ def class_vector_head(
 def match_classes(
     source: torch.nn.Module, label_names: Sequence[str], given: Sequence[str]
 ) -> list[int | None]:
-    """Return the source class of each of ours: the one given as "name=class", else the one of the same name.
+    """Return the source class of each class: the one given as "name=class", else the one with the same name.
 
     A class is an index or a name of the source (ImageNet's, or a saved model's own). One class may have none.
-    Raises `UserError` for what cannot be matched.
+    Raises `UserError` for classes that cannot be matched.
     """
     known = _source_names(source)
     chosen = {name: known.get(_plain(name)) for name in label_names}

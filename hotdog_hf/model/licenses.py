@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-# Of a model that starts from random weights.
+# For a model trained from random weights.
 OWN_LICENSE = "apache-2.0"
 UNKNOWN = "unknown"
 # What the Hub lists among its licences, of those that timm's models and Hub users have
@@ -17,12 +17,12 @@ HUB_LICENSES = frozenset(
 )
 # Allow no commercial use, without saying so in their name.
 RESEARCH_ONLY = frozenset(["apple-amlr"])
-# Of those with a standard text, which need no reading up.
+# Those with a standard text, which need no warning.
 STANDARD = HUB_LICENSES - {"apple-ascl", "apple-amlr", "gemma", "unknown", "other"}
 
 
 def choose_license(given: str | None, source: str | None) -> str:
-    """Return the licence given, else that of the source, else ours where there is no source (None)."""
+    """Return the licence given, else that of the source, else ours if there is no source (None)."""
     return given or source or OWN_LICENSE
 
 

@@ -1,4 +1,4 @@
-"""A network with a new output layer, which carries its preprocessing and its class names."""
+"""A network with a new output layer, its preprocessing and its class names."""
 
 import copy
 import itertools
@@ -12,7 +12,7 @@ from hotdog_hf.errors import UserError
 class Float32Linear(torch.nn.Linear):
     """A linear layer that computes in float32 under autocast too.
 
-    An output layer is a small part of the work, and its logits in bf16 would have 3 digits.
+    An output layer is a small part of the work, and bf16 logits have only 3 digits.
     """
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -29,8 +29,8 @@ def replace_head(
 ) -> torch.nn.Module:
     """Turn the source into the chapter's target model: its body, and one new linear layer for our classes.
 
-    "xavier" draws the layer's weight by Xavier uniform and leaves the bias as `nn.Linear` draws it (Dive into
-    Deep Learning, section 14.2); "linear" leaves both. A saved model of the very same classes keeps its head.
+    "xavier" initialises the weight by Xavier uniform and leaves the bias to `nn.Linear` (Dive into Deep
+    Learning, section 14.2); "linear" leaves both to it. A saved model of the same classes keeps its head.
     The layer computes in float32. The model then carries `data_config` and the names.
     """
     if not isinstance(source.get_classifier(), torch.nn.Linear):
@@ -41,7 +41,7 @@ def replace_head(
         source.reset_classifier(len(label_names))
         head = source.get_classifier()
         assert head.in_features == in_features
-        torch.nn.Linear.reset_parameters(head)  # timm's models differ in how they draw a new classifier
+        torch.nn.Linear.reset_parameters(head)  # timm's models differ in how they initialise it
         if head_init == "xavier":
             torch.nn.init.xavier_uniform_(head.weight)
     source.get_classifier().__class__ = Float32Linear
@@ -57,31 +57,31 @@ def replace_head(
 
 
 def freeze_body(net: torch.nn.Module) -> None:
-    """Let gradients reach the output layer alone."""
+    """Make only the output layer trainable."""
     net.requires_grad_(False)
     net.get_classifier().requires_grad_(True)
 
 
 def modules_in_eval_mode(net: torch.nn.Module, *, body: bool, batch_norm: bool) -> list[torch.nn.Module]:
-    """Return what stays in evaluation mode while training: the whole body, or its BatchNorm layers, or none.
+    """Return the modules to keep in evaluation mode: the whole body, its BatchNorm layers, or none.
 
-    Such BatchNorm layers normalise by the source's statistics and leave them alone; their scales and shifts
-    are trained all the same where the body is.
+    Such BatchNorm layers use the source's statistics and do not update them; their scales and shifts are
+    trained if the body is.
     """
     if body:
-        return [net]  # a linear output layer computes the same in either mode
+        return [net]  # a linear output layer is the same in both modes
     kinds = torch.nn.modules.batchnorm._BatchNorm
     return [module for module in net.modules() if batch_norm and isinstance(module, kinds)]
 
 
 def to_meta(net: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of a network that holds no memory: all that is saved of it besides its weights."""
+    """Return a copy of a network on the meta device: all that saving needs besides the weights."""
     tensors = itertools.chain(net.parameters(), net.buffers())
     return copy.deepcopy(net, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
 
 
 def data_config_of(model: torch.nn.Module) -> dict:
-    """Return the preprocessing a model carries: input_size, interpolation, mean, std, crop_pct, crop_mode."""
+    """Return the preprocessing of a model: input_size, interpolation, mean, std, crop_pct, crop_mode."""
     config = timm.data.resolve_model_data_config(model)
     # A loaded config.json has lists where timm's own configs have tuples.
     return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}

@@ -1,4 +1,4 @@
-"""A saved or exported model -> labels and probabilities of images, batch by batch.
+"""Predictions of a saved or exported model: labels and probabilities of images, batch by batch.
 
 No torch at import: an exported model (.onnx) predicts with ONNX Runtime alone.
 """
@@ -24,7 +24,7 @@ from hotdog_hf.errors import UserError, printable
 from hotdog_hf.machine import allowed_cores, keep_freed_memory
 
 MAX_DECODERS = 8
-# Images of a long list that are decoded and passed through the network together.
+# Images of a long list per forward pass.
 CALL_BATCH = 32
 NEEDS_ONNX = 'this needs onnx and onnxruntime: pip install -e ".[onnx]"'
 
@@ -41,7 +41,7 @@ class Predictor(NamedTuple):
     label_names: list[str]
     data_config: dict
     probabilities: Callable[[np.ndarray], np.ndarray]
-    # Whether it computes elsewhere than on the CPU, which can decode meanwhile.
+    # Whether it computes on a device other than the CPU, which can decode meanwhile.
     leaves_cpu_free: bool = False
 
     def __call__(self, images: Source | Sequence[Source]) -> dict[str, float] | list[dict[str, float]]:
@@ -62,7 +62,7 @@ class Predictor(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What is said of one image; the probabilities have 4 digits."""
+    """The prediction for one image; the probabilities have 4 digits."""
 
     path: str
     label: str
@@ -70,7 +70,7 @@ class Prediction(NamedTuple):
 
 
 def load_predictor(name: str | os.PathLike, precision: str = "no") -> Predictor:
-    """Load a saved model, or a .onnx file of `export_onnx`; `UserError` where there is none.
+    """Load a saved model, or a .onnx file of `export_onnx`; `UserError` if there is none.
 
     A saved model computes in float32 ("no") or "bf16", an exported one as it was exported.
     """
@@ -90,7 +90,7 @@ def _load_saved(name: str | os.PathLike, precision: str) -> Predictor:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     if device == "cpu":
         keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False  # torch's own default for convolutions
+    torch.backends.cudnn.allow_tf32 = False  # which is torch's default for convolutions
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
     net = saved.load_model(name).to(device, memory_format=transforms.MEMORY_FORMAT)
     data_config = network.data_config_of(net)
@@ -134,9 +134,9 @@ def decision_rule(
 ) -> Callable[[np.ndarray], int]:
     """Return the rule from an image's probabilities [classes] to the index of its label.
 
-    Without a threshold, the most probable class. With one, the positive class where its probability is at
-    least the threshold, else the best of the others; the positive class is the one given, or "hotdog" of two.
-    Raises `UserError` where there is none.
+    Without a threshold, the most probable class. With one, the positive class if its probability is at least
+    the threshold, else the best of the others; the positive class is the one given, or "hotdog" of two.
+    Raises `UserError` if there is none.
     """
     if positive_label is None and len(label_names) == 2 and "hotdog" in label_names:
         positive_label = "hotdog"
@@ -156,16 +156,16 @@ def decision_rule(
 
 
 def find_images(paths: Iterable[str]) -> Iterator[str | UserError]:
-    """Yield image files in the order of `paths`: files, folders (all below), patterns, "-" (standard input).
+    """Yield image files in the order of `paths`: files, folders (recursively), patterns, "-" (stdin).
 
-    One folder's names are held at a time, sorted. What is not there is yielded as a `UserError` in its place.
+    Only one folder's names are in memory at a time, sorted. A missing path is yielded as a `UserError`.
     """
     for path in paths:
         if path == "-":
             # Bytes, so that a file name in another encoding is found too.
             lines = filter(None, (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer))
             found = itertools.chain.from_iterable(map(_expand, lines))
-            yield from itertools.chain([next(found, UserError("no paths on standard input"))], found)
+            yield from itertools.chain([next(found, UserError("no paths on stdin"))], found)
         else:
             yield from _expand(path)
 
@@ -202,7 +202,7 @@ def _walk(folder: str) -> Iterator[str | UserError]:
 def predict_paths(
     predictor: Predictor, paths: Iterable[str], choose: Callable[[np.ndarray], int], batch_size: int = 32
 ) -> Iterator[Prediction | UserError]:
-    """Yield a prediction for every image, or the `UserError` that says why there is none, in order.
+    """Yield a prediction for every image, or the `UserError` that explains why there is none, in order.
 
     Cores share the decoding of a batch: while a GPU works on the one before, but in turns with a network on
     the CPU, for they would slow each other down. No more is held in memory.
@@ -216,7 +216,7 @@ def predict_paths(
 
         ahead = pool.submit(read_batch) if predictor.leaves_cpu_free else None
         while batch := ahead.result() if ahead else read_batch():
-            # Found in a thread too: who writes to standard input gets answers before the next path is due.
+            # Listed in a thread too: whoever writes to stdin gets predictions before the next path.
             ahead = pool.submit(read_batch) if ahead else None
             readable = [item[1] for item in batch if not isinstance(item, UserError)]
             rows = iter(predictor.probabilities(np.stack(readable)) if readable else [])
@@ -240,14 +240,14 @@ def _read(found: str | UserError, data_config: dict) -> tuple[str, np.ndarray] |
 
 
 def format_header(style: str, label_names: list[str]) -> str | None:
-    """Return the line above the predictions, or None where the style has none."""
+    """Return the line above the predictions, or None if the style has none."""
     if style == "csv":
         return _csv_line(["path", "label", "probability", *label_names])
     return _table_line("label", label_names, label_names, "path") if style == "table" else None
 
 
 def format_prediction(style: str, prediction: Prediction) -> str:
-    """Return one line as "table", "jsonl" or "csv"; a csv cell may go on over several."""
+    """Return one line as "table", "jsonl" or "csv"; a csv cell may span several."""
     path, label, probabilities = prediction
     if style == "jsonl":
         row = {"path": path, "label": label, "probability": probabilities[label]}

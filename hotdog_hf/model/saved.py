@@ -19,7 +19,7 @@ from hotdog_hf.model.licenses import choose_license
 
 MODEL_FILES = ("config.json", "model.safetensors")
 HUB_PREFIX = "hf-hub:"
-# What a source model says of itself and its weights: no longer true of ours.
+# What a source's config says about its weights, which is not true of the trained model.
 SOURCE_KEYS = frozenset(
     "url file hf_hub_id hf_hub_filename source state_dict tag license origin_url paper_name paper_ids notes"
     " description label_offset label_names test_input_size test_crop_pct test_pool_size".split()
@@ -34,13 +34,13 @@ def save_model(
 ) -> Path:
     """Write `model.safetensors` and `config.json` (architecture, class names, preprocessing) as `folder`.
 
-    `license` and `weights` are the model's own unless given (whole, where it holds only pieces). The folder
-    is written beside its place and moved there whole, replacing an earlier one.
+    `license` and `weights` are the model's own unless given (as full tensors, if the model is sharded). The
+    folder is written atomically, replacing an earlier one.
     """
     folder = Path(folder)
-    # safetensors takes plain memory only, not channels_last.
+    # safetensors supports only contiguous tensors, not channels_last.
     weights = {name: value.cpu().contiguous() for name, value in (weights or model.state_dict()).items()}
-    plain = copy.copy(model)  # shares all but what is set here, so that the model in training stays as it is
+    plain = copy.copy(model)  # shallow, so that the model in training stays unchanged
     plain.state_dict = lambda: weights
     cfg = plain.pretrained_cfg
     ours = {"tag": "hotdog_hf", "license": license or choose_license(None, cfg.get("license"))}
@@ -64,7 +64,7 @@ def _drop_doubled_num_classes(config_file: Path) -> None:
 
 
 def is_saved_model(name: str) -> bool:
-    """Tell whether `name` means a saved model: an existing folder, or `hf-hub:user/name`."""
+    """Return whether `name` means a saved model: an existing folder, or `hf-hub:user/name`."""
     return name.startswith(HUB_PREFIX) or Path(name).is_dir()
 
 
@@ -86,7 +86,7 @@ def load_model(name: str | os.PathLike, image_size: int | None = None) -> torch.
             )
     for file in MODEL_FILES:
         if not (folder / file).is_file():
-            raise UserError(f"{name} is no saved model: it has no {file}")
+            raise UserError(f"{name} is not a saved model: it has no {file}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         fixed = config.get("pretrained_cfg", {}).get("fixed_input_size")

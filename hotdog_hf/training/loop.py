@@ -39,7 +39,7 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal
             job.state.progress.seconds = time.perf_counter() - started
         evaluation = None
         try:
-            # Each epoch is evaluated; of a solved head also the start, as epoch 0.
+            # Each epoch is evaluated; with a fitted head also the start, as epoch 0.
             for epoch in range(job.state.progress.epoch, config.optim.epochs + 1):
                 if epoch > 0:
                     train_epoch(job, run_dir, epoch, stop)
@@ -113,7 +113,7 @@ def _checkpoint_to_resume(config: TrainConfig, identity: dict) -> Path | None:
 
 
 def train_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) -> None:
-    """Train over the rest of an epoch. Raises `StoppedError` if the run was told to stop, and is saved."""
+    """Train over the rest of an epoch. Raises `StoppedError` if told to stop, once the state is saved."""
     config, accelerator, state = job.config, job.accelerator, job.state
     progress = state.progress
     job.train_loader.batch_sampler.seek(epoch, progress.step)
@@ -143,7 +143,7 @@ def train_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) ->
 
 
 def evaluate_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) -> Evaluation:
-    """Judge what the epoch has made of the weights, note it, keep the model if it is to be kept, and save.
+    """Evaluate the weights after an epoch; save the metrics, the model if it is kept, and a checkpoint.
 
     Raises `StoppedError` if the run was told to stop meanwhile; the state after the epoch's last step is
     saved, and a resumed run begins with this evaluation.
@@ -189,7 +189,7 @@ def evaluate_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal)
 
 
 def evaluate_saved(job: Job, run_dir: Path, stop: launch.StopSignal) -> Evaluation:
-    """Judge the saved model on the test split, in float32 as every loader computes: the card's numbers."""
+    """Evaluate the saved model on the test split for the card, in float32 like every loader of the model."""
     accelerator, loader = job.accelerator, job.eval_loaders["saved"]
     kept = launch.run_on_main(accelerator, lambda: saved.load_model(run_dir / "model").state_dict())
     sharding.load_state(job.net, kept)
@@ -223,7 +223,7 @@ def finish(job: Job, run_dir: Path, evaluation: Evaluation, started: float) -> N
                 versions=launch.describe_versions(),
             )
             card.write_card(run_dir, facts)
-    # Last, when all that matters is written: a copy of the network may not fit into a GPU beside it.
+    # Last, once everything else is written: the GPU may have no room for a copy of the network.
     if not config.model.cache_features and (limit := _seconds_at_the_limit(job)):
         final["share_of_limit"] = final["examples_per_second"] * limit
         if accelerator.is_main_process:
@@ -233,12 +233,12 @@ def finish(job: Job, run_dir: Path, evaluation: Evaluation, started: float) -> N
 
 
 def _seconds_at_the_limit(job: Job) -> float | None:
-    """Return the seconds that a photo in memory takes in training, or None if there is no memory for it."""
+    """Return the seconds per photo of training on photos in memory, or None if memory does not suffice."""
     size = job.config.data.train_image_size or job.data_config["input_size"][-1]
     try:
         return engine.measure_speed(job.accelerator, job.net, size, min(job.micro_batch_size, 32))[0]
     except torch.OutOfMemoryError:
-        job.accelerator.print("the speed on photos in memory was not measured: no memory is left for it")
+        job.accelerator.print("the speed on photos in memory was not measured: not enough memory")
         return None
 
 
@@ -250,7 +250,7 @@ def evaluate(
     stop: launch.StopSignal,
     float32: bool = False,
 ) -> Evaluation:
-    """Judge a network on a loader's photos, on every process with the first one's BatchNorm statistics."""
+    """Evaluate a network on a loader's photos, on every process with the first one's BatchNorm statistics."""
     sharding.broadcast_state(network)
     with add_progress_to_errors(job, run_dir):
         probabilities, labels = engine.predict(job.accelerator, network, loader, "evaluation", float32, stop)

@@ -84,7 +84,7 @@ def describe_groups(groups: list[dict], net: torch.nn.Module) -> str:
 
 
 def use_fused(accelerator: Accelerator) -> bool:
-    """Tell whether the optimizer of a run takes its step in one kernel: on a GPU.
+    """Return whether the optimizer of a run steps in one fused kernel: on a GPU.
 
     Not with a gradient scaler (fp16), and not on shards of weights (FSDP).
     """
@@ -109,8 +109,8 @@ def build_optimizer(
 class WeightAverage(AveragedModel):
     """An exponential moving average of weights and BatchNorm statistics.
 
-    After step t it is decay x itself + (1 - decay) x the weights; after the first, the weights. It is torch's
-    own to the bit, whose update would send a counter to the GPU each time, and wait for it.
+    The first step copies the weights; each later one sets it to decay x average + (1 - decay) x weights.
+    Equal to torch's own to the bit, whose update would copy a counter to the GPU each time, and wait for it.
     """
 
     def __init__(self, net: torch.nn.Module, decay: float):
@@ -119,7 +119,7 @@ class WeightAverage(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Take the weights and statistics of `model` after an optimizer step into account."""
+        """Update the average with the weights and statistics of `model` after an optimizer step."""
         tensors = [[*net.parameters(), *net.buffers()] for net in (self.module, model)]
         pairs = list(zip(*map(sharding.local, tensors), strict=True))  # of shards, this process's own
         if self.n_averaged == 0:
