@@ -108,7 +108,7 @@ def test_a_server_error_keeps_what_an_earlier_call_fetched(tmp_path):
     (tmp_path / "hotdog.zip.part").write_bytes(b"abc")
     with (
         serve(b"", 503) as (url, _),
-        pytest.raises(UserError, match=r"503.*keeps 3 bytes.*goes on from there"),
+        pytest.raises(UserError, match=r"503.*keeps 3 bytes.*resumes from there"),
     ):
         download.download_photos(tmp_path / "photos", url)
     assert (tmp_path / "hotdog.zip.part").read_bytes() == b"abc"
@@ -159,7 +159,7 @@ def test_a_download_cut_off_goes_on_where_it_ended(good_zip, tmp_path, cut):
     part = tmp_path / "hotdog.zip.part"
     with serve(good_zip, cut=cut) as (url, asked):
         with pytest.raises(
-            UserError, match=r"could not get .* keeps [\d,]+ bytes.*goes on from there"
+            UserError, match=r"could not get .* keeps [\d,]+ bytes.*resumes from there"
         ) as raised:
             download.download_photos(tmp_path / "photos", url, sha1(good_zip))
         size = part.stat().st_size
@@ -181,7 +181,7 @@ def test_the_progress_bar_of_a_resumed_download_starts_where_it_ended(good_zip, 
 def test_a_server_that_stalls_half_way_is_given_up_and_gone_on_with(good_zip, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "CONNECT_SECONDS", 1)
     with serve(good_zip, cut=len(good_zip) // 2, stall=True) as (url, asked):
-        with pytest.raises(UserError, match=r"timed out.*goes on from there"):
+        with pytest.raises(UserError, match=r"timed out.*resumes from there"):
             download.download_photos(tmp_path / "photos", url, sha1(good_zip))
         monkeypatch.undo()
         download.download_photos(tmp_path / "photos", url, sha1(good_zip))
@@ -230,7 +230,7 @@ def test_a_part_of_another_version_is_dropped_and_the_next_try_works(good_zip, t
     (tmp_path / "hotdog.zip.part").write_bytes(b"x" * 1000)
     with serve(good_zip) as (url, asked):
         with pytest.raises(
-            UserError, match=r"hash.*hotdog\.zip\.part is deleted, the next try starts anew\. Put"
+            UserError, match=r"hash.*hotdog\.zip\.part is deleted, the next try starts over\. Put"
         ):
             download.download_photos(tmp_path / "photos", url, sha1(good_zip))
         assert left(tmp_path) == []

@@ -237,7 +237,7 @@ def test_photos_pushed_as_a_data_set_train_the_same_model(pushed, train, photos_
 
 @pytest.mark.parametrize(
     ("repo", "message"),
-    [("tester/no-such-photos", "tester/no-such-photos"), ("tester/only-train", "test is missing")],
+    [("tester/no-such-photos", "tester/no-such-photos"), ("tester/only-train", "missing: test")],
 )
 def test_a_data_set_that_cannot_be_used_is_one_line(train, photos_dir, env, tmp_path, repo, message):
     if repo == "tester/only-train":

@@ -59,7 +59,7 @@ def test_the_division_goes_by_content_and_seed(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda source, target: target.mkdir(), "exists already"),
+        (lambda source, target: target.mkdir(), "already exists"),
         (lambda source, target: source.rename(source.with_name("gone")), "no such folder"),
         (lambda source, target: (source / "cat").rename(source / ".cat"), "at least two folders of photos"),
         (

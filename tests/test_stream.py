@@ -92,7 +92,7 @@ def test_shards_that_change_while_they_are_read_end_the_run():
     split = of_numbers(26, 1)
     split.counts[0] += 1
     sampler = stream.StreamSampler(split, 8, 0, 5, lambda number: number)
-    with pytest.raises(UserError, match="numbers gave 26 photos of train where its shards had 27"):
+    with pytest.raises(UserError, match="numbers yielded 26 photos of train, but its shards had 27"):
         list(sampler)
 
 
@@ -236,7 +236,7 @@ def test_shards_sorted_by_class_are_warned_of(photos_dir, shards, tmp_path, monk
 
 
 def test_a_folder_of_photos_says_how_to_make_shards(photos_dir):
-    with pytest.raises(UserError, match=r"reads Parquet shards, and .*png is none: scripts/shard.py"):
+    with pytest.raises(UserError, match=r"reads Parquet shards, and .*png is not one: scripts/shard.py"):
         stream.open_stream(str(photos_dir), progress=False)
 
 
@@ -279,4 +279,4 @@ def test_unreadable_photos_are_left_out_of_shards_where_asked(photos_dir, tmp_pa
 
 def test_an_existing_folder_is_not_written_to(shards, photos_dir):
     done = run("python", ROOT / "scripts/shard.py", photos_dir, shards)
-    assert done.returncode == 2 and "exists already" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "already exists" in done.stderr and "Traceback" not in done.stderr

@@ -1,6 +1,6 @@
-"""What is wrong with a folder of photos: files that do not decode, leaks between splits, misplaced files.
+"""Check of a folder of photos: files that do not decode, leaks between splits, misplaced files.
 
-No torch here, so that `scripts/check_data.py` answers at once.
+Imports no torch, so that `scripts/check_data.py` starts at once.
 """
 
 import collections
@@ -30,7 +30,7 @@ from hotdog_hf.errors import UserError, printable
 from hotdog_hf.files import replacing_file
 from hotdog_hf.machine import allowed_cores, cache_dir
 
-# Every kind of finding, worst first: an error would make the numbers of a training wrong or stop it.
+# Every kind of finding, worst first: an error would make training results wrong or stop the training.
 KINDS = {
     "unreadable": ("error", "files that cannot be read as images"),
     "bomb": ("error", "images with absurdly many pixels, not decoded"),
@@ -38,14 +38,14 @@ KINDS = {
     "leak": ("error", "the same file in several splits"),
     "two-labels": ("error", "the same file in several classes"),
     "near-leak": ("warning", "photos that look like one of an earlier split"),
-    "placeholder": ("warning", "many identical files, as of a picture that says 'photo not available'"),
+    "placeholder": ("warning", "many identical files, such as a 'photo not available' picture"),
     "repeat": ("warning", "the same file several times in a class"),
     "imbalance": ("warning", "classes of very different size"),
-    "similar-classes": ("warning", "class names that differ only in their writing"),
+    "similar-classes": ("warning", "class names that differ only in spelling"),
     "tiny": ("warning", "images with hardly any pixels"),
-    "animated": ("warning", "animations and several pages, of which the first is used"),
-    "exif": ("warning", "damaged EXIF blocks; a rotation that they held is lost"),
-    "suffix": ("warning", "files of another format than their name says; they are used all the same"),
+    "animated": ("warning", "animations and multi-page images, of which the first is used"),
+    "exif": ("warning", "damaged EXIF blocks; a rotation in them is lost"),
+    "suffix": ("warning", "files of another format than their suffix; they are used all the same"),
     "unused": ("warning", "images outside the class folders, and links to folders; they are not used"),
     "hidden": ("warning", "hidden and system files; they are not used"),
     "other": ("warning", "files not named as images; they are not used"),
@@ -56,16 +56,15 @@ MAX_IMBALANCE = 10
 MIN_SIDE = 16
 ORIENTATION = ExifTags.Base.Orientation
 MAX_CACHED = 200_000
-# Files that a thread takes at a time, and that wait for the threads at a time: a million at once would be a
-# gigabyte of futures.
+# Files per task of a thread, and files queued at a time: a million at once would be a gigabyte of futures.
 BATCH, QUEUED = 16, 4096
-# A cache made by another rule, or another Pillow, may hold other answers.
+# A cache of another version of the check, or of Pillow, may hold other results.
 CACHE_VERSION = f"2 Pillow {PIL.__version__}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """What one file is. Where it cannot be used, `fault` is the kind of finding and `message` says why."""
+    """Facts about one file. If it cannot be used, `fault` is the kind of finding and `message` says why."""
 
     size: int = 0
     mtime_ns: int = 0
@@ -86,7 +85,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing to know about the photos: its kind (of `KINDS`), a sentence, the files it is about."""
+    """One finding about the photos: its kind (of `KINDS`), a sentence, the files concerned."""
 
     kind: str
     message: str
@@ -94,13 +93,13 @@ class Finding:
 
     @property
     def severity(self) -> str:
-        """Return "error" or "warning", which goes by the kind."""
+        """Return "error" or "warning", depending on the kind."""
         return KINDS[self.kind][0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The photos that were checked, what each is, and everything found."""
+    """The checked photos, the record of each, and all findings."""
 
     photos: Photos
     records: dict[Path, Record]
@@ -114,7 +113,7 @@ class Report:
 def check_folder(data_dir: str | os.PathLike, *, cache_file: Path | None, progress: bool) -> Report:
     """Check a data folder: its photos, its classes, and the files that are not used.
 
-    Raises `UserError` where there is nothing to check, as without train/ and test/.
+    Raises `UserError` if there is nothing to check, as without train/ and test/.
     """
     photos = list_photos(data_dir)
     report = check_photos(photos, cache_file=cache_file, progress=progress)
@@ -123,9 +122,9 @@ def check_folder(data_dir: str | os.PathLike, *, cache_file: Path | None, progre
 
 
 def check_photos(photos: Photos, *, cache_file: Path | None, progress: bool) -> Report:
-    """Check what `folder.find_photos` returns, by file and against each other.
+    """Check the photos that `folder.find_photos` returns, each file and across files.
 
-    A file whose size and time are those in `cache_file` is not read again.
+    A file with the size and time in `cache_file` is not read again.
     """
     paths = [path for classes in photos.values() for group in classes.values() for path in group]
     records = inspect_files(paths, cache_file=cache_file, progress=progress)
@@ -149,13 +148,13 @@ def require_readable(report: Report) -> None:
         more = f"; and {len(faults) - SHOWN} more" if faults[SHOWN:] else ""
         raise UserError(
             f"{len(faults)} of {len(report.records)} photos cannot be used:"
-            f" {'; '.join(faults[:SHOWN])}{more}. Mend or remove them, or go on without them by"
+            f" {'; '.join(faults[:SHOWN])}{more}. Fix or remove them, or skip them with"
             " --bad-images skip"
         )
 
 
 def files_to_skip(data_dir: str | os.PathLike, policy: str, *, progress: bool) -> tuple[list[Path], str]:
-    """Check a folder as training does; return the files to leave out and a line to print.
+    """Check a folder as training does; return the files to skip and a line to print.
 
     With the policy "fail" a file that cannot be used is a `UserError`, with "skip" it is returned.
     """
@@ -163,7 +162,7 @@ def files_to_skip(data_dir: str | os.PathLike, policy: str, *, progress: bool) -
     report = _with_findings(report, _unused(data_dir, report))
     if policy == "fail":
         require_readable(report)
-    return unreadable(report), f"{summary(report)}; `python scripts/check_data.py {data_dir}` says more"
+    return unreadable(report), f"{summary(report)}; `python scripts/check_data.py {data_dir}` lists them"
 
 
 def summary(report: Report) -> str:
@@ -187,13 +186,13 @@ def _sorted(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def inspect_files(paths: Sequence[Path], *, cache_file: Path | None, progress: bool) -> dict[Path, Record]:
-    """Return what each file is; one whose size and time are those in `cache_file` is not read again."""
+    """Return the record of each file; one with the size and time in `cache_file` is not read again."""
     cache = _read_cache(cache_file, paths)
     hidden = None if progress else True  # None: a bar on a terminal, none in a log file
     records, changed = {}, False
     # Threads, not processes: Pillow decodes and resizes without the interpreter's lock.
     with warnings.catch_warnings(), ThreadPoolExecutor(allowed_cores()) as pool:
-        warnings.simplefilter("ignore")  # Pillow's, on what the report says better
+        warnings.simplefilter("ignore")  # Pillow's, which the report covers
         bar = tqdm(total=len(paths), desc="checking photos", unit="img", leave=False, disable=hidden)
         for start in range(0, len(paths), QUEUED):
             queued = paths[start : start + QUEUED]
@@ -224,14 +223,14 @@ def _inspect(path: Path, cached: Record | None) -> Record:
     try:
         str(path).encode()
         status = path.stat()
-    except UnicodeEncodeError:  # pyarrow, which holds the paths in training, takes UTF-8 alone
+    except UnicodeEncodeError:  # pyarrow, which holds the paths in training, needs UTF-8
         advice = "rename it"
         if sys.getfilesystemencoding() != "utf-8":
             advice += f", or set PYTHONUTF8=1 if {sys.getfilesystemencoding()} is not its encoding"
         return Record(fault="unreadable", message=f"{path}: the name is not valid UTF-8; {advice}")
     except OSError as error:
         return Record(fault="unreadable", message=f"cannot read {path}: {error.strerror}")
-    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
         return Record(fault="unreadable", message=f"cannot read {path}: not a regular file")
     stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     if cached and stamp == {"size": cached.size, "mtime_ns": cached.mtime_ns}:
@@ -248,7 +247,7 @@ def _inspect(path: Path, cached: Record | None) -> Record:
             height=image.height,
             format=image.format,
             mode=image.mode,
-            # The further pictures of an MPO, which many phones write as .jpg, are previews and depth maps.
+            # The other images in an MPO, which many phones write as .jpg, are previews and depth maps.
             animated=image.format != "MPO" and getattr(image, "is_animated", False),
             broken_exif=_is_exif_broken(image),
             sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -257,7 +256,7 @@ def _inspect(path: Path, cached: Record | None) -> Record:
 
 
 def _is_exif_broken(image: Image.Image) -> bool:
-    """Tell an EXIF block that is no EXIF, is cut short, or has a rotation that Pillow could not read."""
+    """Return whether an EXIF block is invalid, truncated, or has a rotation that Pillow cannot read."""
     block = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
     order = {b"II": "little", b"MM": "big"}.get(block[:2])
     if order is None:
@@ -269,7 +268,7 @@ def _is_exif_broken(image: Image.Image) -> bool:
         return True
     try:
         return ORIENTATION in tags and ORIENTATION not in image.getexif()
-    except Exception:  # of PNG and WebP a damaged header raises SyntaxError, struct.error, ...
+    except Exception:  # a damaged header in PNG or WebP raises SyntaxError, struct.error, ...
         return True
 
 
@@ -285,13 +284,13 @@ def _file_findings(records: dict[Path, Record]) -> Iterator[Finding]:
             yield Finding("animated", f"{path}", (path,))
         if record.broken_exif:
             yield Finding("exif", f"{path}", (path,))
-        # MPO is JPEG with a second picture behind the first.
+        # MPO is JPEG with a second image after the first.
         if record.format.replace("MPO", "JPEG") != suffixes.get(path.suffix.lower()):
             yield Finding("suffix", f"{path} is {record.format}", (path,))
 
 
 def _same_files(photos: Photos, records: dict[Path, Record]) -> Iterator[Finding]:
-    # By their first 60 bits as numbers, which take a tenth of what a million texts in a dictionary take.
+    # Their first 60 bits as numbers take a tenth of the memory of a million strings in a dictionary.
     starts = (int(record.sha256[:15], 16) for record in records.values() if record.sha256)
     starts, counts = np.unique(np.fromiter(starts, np.int64), return_counts=True)
     repeated = set(starts[counts > 1].tolist())
@@ -319,9 +318,9 @@ def _same_files(photos: Photos, records: dict[Path, Record]) -> Iterator[Finding
 
 
 def _near_leaks(photos: Photos, records: dict[Path, Record]) -> Iterator[Finding]:
-    """For each photo the one of the earlier splits that looks most like it, if that is near enough.
+    """Yield for each photo the nearest one in an earlier split, if it is near enough.
 
-    Of several that look equally like it, the first.
+    The first, if several are equally near.
     """
     by_split = [
         [path for group in classes.values() for path in group if records[path].phash]
@@ -369,7 +368,7 @@ def _class_findings(photos: Photos) -> Iterator[Finding]:
 
 
 def describe(report: Report) -> str:
-    """Return a table of photo counts, a line a class, and every kind of finding with its first names."""
+    """Return a table of photo counts, one line per class, and every kind of finding with its first files."""
     names = sorted(set().union(*report.photos.values()))
     width = max(map(len, ["class", *names]))
     lines = [" ".join([f"{'class':<{width}}", *(f"{split:>10}" for split in report.photos)])]
@@ -384,7 +383,7 @@ def describe(report: Report) -> str:
             lines += [f"  and {len(messages) - SHOWN} more"] if messages[SHOWN:] else []
     errors, warned = report.count("error"), report.count("warning")
     lines += ["", f"{len(report.records)} photos checked: {errors} errors, {warned} warnings"]
-    # File names may hold line breaks and escape sequences, which the terminal would obey.
+    # File names may hold line breaks and escape sequences, which a terminal would interpret.
     return "\n".join(map(printable, lines))
 
 
@@ -414,12 +413,12 @@ def write_report(report: Report, path: str | os.PathLike) -> None:
 
 
 def _values(record: Record) -> dict[str, object]:
-    """Return what `dataclasses.asdict` does, without the copies that take ten times as long."""
+    """Return what `dataclasses.asdict` does, without its copies, which take ten times as long."""
     return {name: getattr(record, name) for name in FIELDS}
 
 
 def default_cache_file() -> Path:
-    """Return the file in which the check remembers the photos it has read."""
+    """Return the cache file of the check."""
     return cache_dir() / "check.jsonl"
 
 
@@ -430,11 +429,11 @@ def _cache_key(path: Path) -> str:
 def _read_cache(cache_file: Path | None, paths: Iterable[Path]) -> dict[str, Record]:
     """Read the records of these files from earlier checks, by absolute path; none if the file is damaged."""
     found, wanted = {}, {_cache_key(path) for path in paths} if cache_file else set()
-    with contextlib.suppress(OSError, ValueError, TypeError):  # it saves time, nothing else
+    with contextlib.suppress(OSError, ValueError, TypeError):  # the cache only saves time
         for path, values in _cached_lines(cache_file) if cache_file else ():
             if path in wanted:
                 record = Record(**values)
-                # Of two strings that a million records share, one copy each.
+                # One copy of strings that a million records share.
                 shared = {"format": sys.intern(record.format), "mode": sys.intern(record.mode)}
                 found[path] = dataclasses.replace(record, **shared)
         return found
@@ -444,7 +443,7 @@ def _read_cache(cache_file: Path | None, paths: Iterable[Path]) -> dict[str, Rec
 def _cached_lines(cache_file: Path) -> Iterator[tuple[str, dict]]:
     """Yield path and record of each line of a cache, none if another version wrote it.
 
-    Raises `ValueError` or `TypeError` at a line that is damaged.
+    Raises `ValueError` or `TypeError` for a damaged line.
     """
     with cache_file.open(encoding="utf-8") as file:
         if json.loads(next(file, "null")) != CACHE_VERSION:
@@ -455,10 +454,10 @@ def _cached_lines(cache_file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _write_cache(cache_file: Path, records: dict[Path, Record]) -> None:
-    """Write the records without a fault, and those of other files as long as they are not too many.
+    """Write the records without a fault, and those of other files unless there are too many.
 
-    In one move, so that two checks at once leave the whole of one. Faults are checked again every time: they
-    may be fixed without a change of size or time (chmod).
+    Atomically, so that of two checks at once one cache remains. Files with a fault are checked again every
+    time: they may be fixed without a change of size or time (chmod).
     """
     ours, others = {_cache_key(path) for path in records}, []
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -469,7 +468,7 @@ def _write_cache(cache_file: Path, records: dict[Path, Record]) -> None:
         others = others if len(others) <= room else []
     good = ((path, record) for path, record in records.items() if not record.fault)
     lines = ((_cache_key(path), _values(record)) for path, record in good)
-    # In a home that cannot be written, the next check takes longer.
+    # If the cache cannot be written, the next check takes longer.
     with (
         contextlib.suppress(OSError),
         replacing_file(cache_file) as part,

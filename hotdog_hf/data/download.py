@@ -1,4 +1,4 @@
-"""The chapter's hot-dog photos: fetched, checked, unpacked."""
+"""Download of the chapter's hot-dog photos: fetch, check, unpack."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ from hotdog_hf.errors import UserError
 HOTDOG_URL = "https://d2l-data.s3-accelerate.amazonaws.com/hotdog.zip"
 HOTDOG_SHA1 = "fba480ffa8aa7e0febbb511d181409f899b9baa5"
 CONNECT_SECONDS = 10
-# What comes last before a connection breaks may be lost, but less than this.
+# If the connection breaks, fewer bytes than this are lost.
 CHUNK_BYTES = 2**13
 # The chapter's zip unpacks to 0.3 GB; far more is not that file.
 MAX_UNPACKED_BYTES = 4 * 2**30
@@ -25,9 +25,9 @@ MAX_UNPACKED_BYTES = 4 * 2**30
 def download_photos(data_dir: str | os.PathLike, url: str = HOTDOG_URL, sha1: str = HOTDOG_SHA1) -> Path:
     """Fetch a zip of photos, check its SHA-1, and unpack its one top folder as `data_dir`; return that.
 
-    The zip is kept beside the folder, and one that lies there already is used. A download that is cut off
-    leaves `<zip name>.part` there, and the next call goes on with it. Nothing half-fetched or half-unpacked
-    is ever found under `data_dir`. Raises `UserError` without a network or with another file.
+    The zip is kept beside the folder; one that is already there is used. An interrupted download leaves
+    `<zip name>.part` there, and the next call resumes it. `data_dir` is never left half-unpacked. Raises
+    `UserError` without a network or if the file is a different one.
     """
     data_dir = Path(data_dir)
     if data_dir.exists():
@@ -44,7 +44,7 @@ def download_photos(data_dir: str | os.PathLike, url: str = HOTDOG_URL, sha1: st
     except (OSError, ValueError, zipfile.BadZipFile) as error:  # requests' errors are OSErrors
         kept = ""
         if part.exists():
-            kept = f"{part} keeps {part.stat().st_size:,} bytes, and the same command goes on from there. "
+            kept = f"{part} keeps {part.stat().st_size:,} bytes; the same command resumes from there. "
         raise UserError(
             f"could not get {url}: {error}. {kept}Put {archive.name} into {data_dir.parent}/ by hand, give"
             " your own photos with --data-dir, or run `make demo`, which works offline"
@@ -61,38 +61,38 @@ def _make_archive(archive: Path, part: Path, url: str, sha1: str) -> None:
     if (found := _sha1(part)) != sha1:
         part.unlink()
         raise ValueError(
-            f"its SHA-1 hash is {found}, not {sha1}; {part} is deleted, the next try starts anew"
+            f"its SHA-1 hash is {found}, not {sha1}; {part} is deleted, the next try starts over"
         )
     part.replace(archive)
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Append to `part` what it lacks of the file at `url`, or write it anew where the server can't go on."""
+    """Append to `part` what it lacks of the file at `url`, or write it again if the server cannot resume."""
     start = part.stat().st_size if part.exists() else 0
-    # Compressed on the way, the body would not have the length and the byte positions of the file.
+    # A compressed body would not have the file's length and byte positions.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    with requests.get(url, headers=headers, stream=True, timeout=CONNECT_SECONDS) as answer:
-        if start and answer.status_code == requests.codes.range_not_satisfiable:
-            part.unlink()  # it has the file's length or more, and is not the file
+    with requests.get(url, headers=headers, stream=True, timeout=CONNECT_SECONDS) as response:
+        if start and response.status_code == requests.codes.range_not_satisfiable:
+            part.unlink()  # it is at least as long as the file, but not the file
             _fetch(url, part)
             return
-        answer.raise_for_status()
-        if answer.status_code != requests.codes.partial_content:
+        response.raise_for_status()
+        if response.status_code != requests.codes.partial_content:
             start = 0
-        length = answer.headers.get("Content-Length")
+        length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         bar = tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True)
         with bar, part.open("ab" if start else "wb") as file:
-            for chunk in answer.iter_content(CHUNK_BYTES):
+            for chunk in response.iter_content(CHUNK_BYTES):
                 file.write(chunk)
                 bar.update(len(chunk))
-    # urllib3 1 says nothing when the connection ends early.
+    # urllib3 1 raises nothing if the connection ends early.
     if total and (size := part.stat().st_size) < total:
         raise OSError(f"the connection ended after {size:,} of {total:,} bytes")
 
 
 def _sha1(path: Path) -> str:
-    """Return the hex SHA-1 of a file, "" where there is none."""
+    """Return the hex SHA-1 of a file, "" if there is none."""
     if not path.exists():
         return ""
     digest = hashlib.sha1(usedforsecurity=False)
@@ -115,7 +115,7 @@ def _unpack(archive: Path, data_dir: Path) -> None:
 
 
 def _check_members(file: zipfile.ZipFile) -> None:
-    """Refuse paths that leave the folder, links, and archives that unpack to absurd sizes."""
+    """Reject paths that leave the folder, links, and archives that unpack to absurd sizes."""
     if sum(member.file_size for member in file.infolist()) > MAX_UNPACKED_BYTES:
         raise ValueError(f"{file.filename} unpacks to more than {MAX_UNPACKED_BYTES // 2**30} GB")
     for member in file.infolist():

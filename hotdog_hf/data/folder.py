@@ -1,4 +1,4 @@
-"""A data folder's photos by split and class, and what is wrong with its form. No torch here.
+"""The photos of a data folder by split and class, and problems with its structure. Imports no torch.
 
 A data folder is `train/<class>/*` and `test/<class>/*`, optionally `validation/` (`val`, `valid`).
 """
@@ -23,7 +23,7 @@ SPLIT_FOLDERS = {
     "validation": ("validation", "val", "valid"),
     "test": ("test",),
 }
-# In the folder of a drawn sample it says how that was drawn.
+# In the folder of a drawn sample: how it was drawn.
 SAMPLE_MARKER = "sample.json"
 # What operating systems and their zips leave between photos, besides names that start with a dot.
 SYSTEM_NAMES = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "Icon\r"})
@@ -40,7 +40,7 @@ def find_photos(data_dir: str | os.PathLike) -> Photos:
 
 
 def list_photos(data_dir: str | os.PathLike) -> Photos:
-    """List the image files of whatever classes each split has; `UserError` without train/ and test/."""
+    """List the image files of each split's classes, checked or not; `UserError` without train/ and test/."""
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"no such data folder: {root} (see --data-dir; `make demo` works without one)")
@@ -57,7 +57,7 @@ def list_photos(data_dir: str | os.PathLike) -> Photos:
             found = ", ".join(sorted(p.name for p in root.iterdir())[:10]) or "nothing"
             raise UserError(
                 f"no {split}/ in {root} (found: {found}); a data folder has train/<class>/ and test/<class>/,"
-                " which `python scripts/split.py` makes of <class>/ folders"
+                " which `python scripts/split.py` creates from <class>/ folders"
             )
     return files
 
@@ -65,25 +65,25 @@ def list_photos(data_dir: str | os.PathLike) -> Photos:
 def split_folder(
     source: str | os.PathLike, target: str | os.PathLike, shares: dict[str, float], seed: int
 ) -> tuple[Photos, list[Path]]:
-    """Make the data folder `target` of the photos in `source/<class>/*`, with these shares beside train.
+    """Create the data folder `target` from the photos in `source/<class>/*`, with these shares besides train.
 
     Returns the photos of the new folder, and the files of the source that were left out.
 
-    Files are linked where the disk allows, else copied. What a file holds decides where it goes, so that a
-    photo under two names stays on one side. Raises `UserError` for a folder of another form, a class of too
-    few photos, or a target that exists.
+    Files are hard-linked if possible, else copied. The split depends on a file's content, so a photo under
+    two names is in one split. Raises `UserError` for a folder of another structure, a class of too few
+    photos, or a target that exists.
     """
     root, made = Path(source), Path(target)
     if made.exists():
-        raise UserError(f"{made} exists already; give another folder to make")
+        raise UserError(f"{made} already exists; give another target folder")
     if not root.is_dir():
         raise UserError(f"no such folder: {root}")
     classes = {name: files for name, files in _classes(root).items() if files}
     if {"train", "test"} <= classes.keys():
-        raise UserError(f"{root} has train/ and test/ already; use it as it is")
+        raise UserError(f"{root} already has train/ and test/; use it as it is")
     if len(classes) < 2:
         found = ", ".join(classes) or "none"
-        raise UserError(f"{root} needs at least two folders of photos, one a class; found {found}")
+        raise UserError(f"{root} needs at least two folders of photos, one per class; found {found}")
     salt = str(seed).encode()
     with writing_to(made), replacing_folder(made) as part:
         for name, files in classes.items():
@@ -107,7 +107,7 @@ def split_folder(
 
 
 def is_hidden(name: str) -> bool:
-    """Tell hidden and system names: `._photo.jpg` of a Mac's zip, `.ipynb_checkpoints`, `Thumbs.db`."""
+    """Return whether a name is a hidden or system one: `._photo.jpg` in a Mac's zip, `Thumbs.db`."""
     return name.startswith(".") or name in SYSTEM_NAMES
 
 
@@ -121,9 +121,9 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """All files below `folder` that are named as images and not hidden, in a hidden folder neither.
+    """List all files below `folder` named as images, without hidden files and folders.
 
-    Links that lead nowhere are among them: a photo that is gone must be reported, not silently left out.
+    Broken links are included: a missing photo must be reported, not silently left out.
     """
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     return sorted(
@@ -134,7 +134,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def class_faults(data_dir: str | os.PathLike, files: Photos) -> list[str]:
-    """Say what keeps the classes of the splits from being the same two or more, all with photos."""
+    """Return what is wrong with the classes: too few, not the same in each split, or without photos."""
     root = Path(data_dir)
     faults = []
     expected = sorted(files["train"])
@@ -155,22 +155,22 @@ def class_faults(data_dir: str | os.PathLike, files: Photos) -> list[str]:
 
 
 def _hint(name: str, candidates: set[str]) -> str:
-    """Name the class that `name` may be meant for: the same but for its writing, or one much like it."""
+    """Suggest the class that `name` may stand for: the same in another spelling, or a similar one."""
     for other in sorted(candidates):
         if plain_name(other) == plain_name(name):
-            # ascii() shows what looks the same on the screen, as "ü" in its two encodings.
+            # ascii() shows differences that look the same on screen, such as the two encodings of "ü".
             return f" ({name!a} and {other!a} differ only in case, spacing or Unicode form)"
     close = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.75)
     return f" (is {close[0]!r} there the same class?)" if close else ""
 
 
 def plain_name(name: str) -> str:
-    """Return a class name without what people write in different ways: case, spacing, Unicode form."""
+    """Return a class name without differences in case, spacing and Unicode form."""
     return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name).casefold()) or name
 
 
 def unused_files(data_dir: str | os.PathLike, used: set[Path]) -> Iterator[tuple[str, Path]]:
-    """List what else lies in a data folder: ("hidden" | "unused" | "other", path); a hidden folder as one."""
+    """Yield what else is in a data folder: ("hidden" | "unused" | "other", path); a hidden folder once."""
     used_folders = {folder for path in used for folder in path.parents}
     for parent, folders, names in os.walk(data_dir):
         links = [name for name in folders if Path(parent, name).is_symlink()]

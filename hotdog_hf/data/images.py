@@ -1,4 +1,4 @@
-"""Opening an image, the one way for every use. No torch here: the ONNX path predicts without it."""
+"""Decoding and resizing of images, the same for every use. Imports no torch: ONNX predicts without it."""
 
 import io
 import math
@@ -20,7 +20,7 @@ def read_photo(row: dict) -> Image.Image:
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm .jp2".split()
 )
-# How to undo what EXIF's Orientation says.
+# Transpositions that undo EXIF's Orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,45 +37,45 @@ class UnreadableImageError(UserError):
 
 
 def decode_image(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
-    """Open an image as 8-bit RGB, the one way for training, evaluation and prediction.
+    """Open an image as 8-bit RGB, in the same way for training, evaluation and prediction.
 
-    EXIF rotation is applied, transparency laid on white, 16-bit brought to 8, CMYK and the rest converted;
-    of an animation the first frame. Raises `UnreadableImageError` naming the file where it cannot be read.
+    Applies EXIF rotation, puts transparency on white, reduces 16 bits to 8, converts CMYK and other modes,
+    and takes the first frame of an animation. Raises `UnreadableImageError` naming the file.
     """
     name = source if isinstance(source, (str, os.PathLike)) else "image"
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(_upright(source))
-        if name is source and Path(source).is_fifo():  # to open it would wait for ever
+        if name is source and Path(source).is_fifo():  # opening it would block forever
             raise OSError("a pipe, not a file")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _to_rgb(_upright(image))
-    # Pillow's decoders raise all sorts on broken files: SyntaxError for PNG, RuntimeError for AVIF, ...
+    # Pillow's decoders raise various errors on broken files: SyntaxError for PNG, RuntimeError for AVIF, ...
     except Exception as error:
         raise UnreadableImageError(f"cannot read {name} as an image: {error}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # Pillow refuses only twice as many
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # Pillow rejects only twice as many
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
-    image.load()  # before EXIF is looked at, so that a broken file is told from a broken EXIF block
-    # Not ImageOps.exif_transpose, which fails for a readable rotation beside any tag that it cannot rewrite.
+    image.load()  # before reading EXIF, to tell a broken file from a broken EXIF block
+    # Not ImageOps.exif_transpose, which fails on a readable rotation if it cannot rewrite some other tag.
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # an unreadable block says nothing of the rotation; the pixels are good (datasets#7668)
+    except Exception:  # the rotation is unknown, but the pixels are good (datasets#7668)
         turn = None
     if turn is None:
         return image
     image = image.transpose(turn)
     for block in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
-        image.info.pop(block, None)  # it would turn the image again
+        image.info.pop(block, None)  # it would rotate the image again
     return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):  # 32-bit: no range is declared, so it is read off the values
+    elif image.mode in ("I", "F"):  # 32-bit: no range is declared, so infer it from the values
         values = np.asarray(image, dtype=np.float64)
         full_scale = next((top for top in (1, 255, 65535) if values.max() <= top and values.min() >= 0), None)
         if full_scale is None or not np.isfinite(values).all():
@@ -90,7 +90,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def preprocess(image: Image.Image, data_config: dict) -> np.ndarray:
     """Return timm's evaluation transform of an RGB image, without torch: normalised float32 [3, H, W].
 
-    Raises `UserError` for a `crop_mode` or an `interpolation` of `data_config` that cannot be done so.
+    Raises `UserError` for a `crop_mode` or an `interpolation` of `data_config` that is not supported.
     """
     return normalize(resize_and_crop(image, data_config)[None], data_config)[0]
 
@@ -116,7 +116,7 @@ def resize_and_crop(image: Image.Image, data_config: dict) -> np.ndarray:
         raise UserError(f"preprocessing: interpolation {data_config['interpolation']!r} is none of Pillow's")
     size = _resized(image.size, (width, height), data_config.get("crop_pct") or 0.875, mode)
     image = image.resize(size, Image.Resampling[interpolation])
-    # The centre of the image, on the mean colour or on black where it is the smaller one.
+    # The centre of the image, padded with the mean colour or black if it is smaller.
     fill = tuple(round(255 * value) for value in data_config["mean"]) if mode == "border" else 0
     canvas = Image.new("RGB", (width, height), fill)
     canvas.paste(image, (_start(width, image.width), _start(height, image.height)))
@@ -132,10 +132,10 @@ def _resized(size: tuple[int, int], target: tuple[int, int], crop_pct: float, mo
         return tuple(int(scaled[0] * side / min(size)) for side in size)
     ratios = [side / goal for side, goal in zip(size, scaled, strict=True)]
     ratio = max(ratios) if mode == "border" else min(ratios)
-    # Of a picture that is nearly a line, one pixel is left; timm fails there.
+    # At least one pixel of an extremely narrow image; timm fails there.
     return tuple(max(round(side / ratio), 1) for side in size)
 
 
 def _start(room: int, side: int) -> int:
-    """Return where a side begins in its room, centred; what lies outside is cut off."""
+    """Return the offset that centres a side in its room; what lies outside is cut off."""
     return (room - side) // 2 if side < room else -round((side - room) / 2)

@@ -1,4 +1,4 @@
-"""Data sets, samplers and loaders: batches in an order that depends on the seed alone."""
+"""Data sets, samplers and loaders: batches in an order that depends only on the seed."""
 
 import atexit
 import copy
@@ -22,9 +22,9 @@ IGNORED_LABEL = -100
 
 
 def map_threaded(work: Callable[[object], dict], keys: Sequence, threads: int | None = None) -> list[dict]:
-    """Return the work on every key, done by as many threads as torch takes: one in a loader process.
+    """Apply `work` to every key, in as many threads as torch uses: one in a loader process.
 
-    Decoding and resizing run without Python's lock. The network rests meanwhile, so the cores are free.
+    Decoding and resizing release Python's lock. The network is idle meanwhile, so the cores are free.
     """
     threads = threads or torch.get_num_threads()
     if threads == 1:
@@ -34,15 +34,15 @@ def map_threaded(work: Callable[[object], dict], keys: Sequence, threads: int | 
 
 
 class PhotoDataset(torch.utils.data.Dataset):
-    """Photos as `{"pixel_values": uint8 [3, H, W], "labels": int}`; `network_input` is a batch's last step.
+    """Photos as `{"pixel_values": uint8 [3, H, W], "labels": int}`; `network_input` normalises a batch.
 
-    Keys are indices for evaluation, `(epoch, index)` for training: the augmentation of a photo is drawn from
-    (seed, epoch, index) alone, so it depends neither on the number of workers or processes nor on what was
-    drawn before. Index `PADDING` gives a photo with `IGNORED_LABEL`.
+    Keys are indices for evaluation, `(epoch, index)` for training: the augmentation of a photo depends only
+    on (seed, epoch, index), not on the number of workers or processes or on earlier draws. Index `PADDING`
+    returns a photo with `IGNORED_LABEL`.
     """
 
     PADDING = -1
-    # Threads that share a batch; None: as many as torch takes.
+    # Threads per batch; None: as many as torch uses.
     threads: int | None = None
 
     def __init__(self, rows: datasets.Dataset, transform: Transform, seed: int = 0):
@@ -62,7 +62,7 @@ class PhotoDataset(torch.utils.data.Dataset):
         }
 
     def __getitems__(self, keys: Sequence) -> list[dict]:
-        """Return the items of a batch, as torch's loader asks for them."""
+        """Return the items of a batch; called by torch's loader."""
         return map_threaded(self.__getitem__, keys, self.threads)
 
     def pixel_values(self, epoch: int, index: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ class PhotoDataset(torch.utils.data.Dataset):
         return self.transform.pixels(read_photo(self.rows[index]), self.seed, epoch, index)
 
     def network_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return what the network takes of a batch, float [N, 3, H, W]; computed where the batch lies."""
+        """Return the network's input for a batch, float [N, 3, H, W], on the batch's device."""
         return self.transform.normalize(pixel_values)
 
     def name_of(self, index: int) -> str:
@@ -79,7 +79,7 @@ class PhotoDataset(torch.utils.data.Dataset):
 
 
 class FeatureDataset(PhotoDataset):
-    """Stands for a data set of photos without augmentation: `pixel_values` is a photo's features [D]."""
+    """A data set of photos without augmentation whose `pixel_values` are cached features [D]."""
 
     threads = 1
 
@@ -92,16 +92,16 @@ class FeatureDataset(PhotoDataset):
         return self.features[index]
 
     def network_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the features, float [N, D], as they are."""
+        """Return the features, float [N, D], unchanged."""
         return pixel_values
 
 
 class StepSampler(torch.utils.data.Sampler):
     """For every optimizer step of an epoch, this process's share of the batch as a list of `(epoch, index)`.
 
-    The batches are those of one process whatever their number: batch b of epoch e is the b-th run of
-    `batch_size` photos of a permutation drawn from (seed, e); process r of w takes every w-th photo of it.
-    A process left without a photo by a short last batch gets one padding photo, which the loss ignores.
+    The batches do not depend on the number of processes: batch b of epoch e is the b-th slice of `batch_size`
+    photos of a permutation drawn from (seed, e); process r of w takes every w-th photo of it, from r on. If a
+    short last batch leaves a process without a photo, it gets one padding photo, which the loss ignores.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
@@ -110,18 +110,18 @@ class StepSampler(torch.utils.data.Sampler):
         self.epoch = self.first_step = 0
 
     def seek(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch that the next iteration goes through, and the steps of it to leave out."""
+        """Set the epoch of the next iteration, and the number of its steps to skip."""
         self.epoch, self.first_step = epoch, first_step
 
     def photos_skipped(self) -> int:
-        """Return the number of photos in the steps left out."""
+        """Return the number of photos in the skipped steps."""
         return min(self.first_step * self.batch_size, self.size)
 
     def __len__(self) -> int:
         return math.ceil(self.size / self.batch_size)
 
     def step_sizes(self) -> list[int]:
-        """Return the number of photos of each batch to come over all processes."""
+        """Return the number of photos of each remaining batch, over all processes."""
         return [min(self.batch_size, self.size - start) for start in self._starts()]
 
     def _starts(self) -> range:
@@ -153,22 +153,22 @@ def step_loader(
 def eval_loader(
     dataset: PhotoDataset, batch_size: int, *, num_workers: int = 0
 ) -> torch.utils.data.DataLoader:
-    """Return batches in the data set's own order, to be given to `accelerator.prepare`."""
+    """Return batches in the order of the data set, for `accelerator.prepare`."""
     return _loader(dataset, num_workers, batch_size=batch_size)
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Leave Ctrl-C and its kind to the main process, which needs its workers to finish the step."""
+    """Leave stop signals to the main process, which needs its workers to finish the step."""
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
 
 
-# Every loader process that this one has started and that still exists.
+# The loader processes that this process has started, while they exist.
 _workers: weakref.WeakSet[multiprocessing.Process] = weakref.WeakSet()
 
 
 def _worker_context() -> multiprocessing.context.BaseContext:
-    """Return Python's way to start processes here (fork, spawn), which adds each to `_workers`."""
+    """Return the default multiprocessing context (fork, spawn), which adds each process to `_workers`."""
     usual = multiprocessing.get_context()
     context = copy.copy(usual)
 
@@ -183,13 +183,13 @@ def _worker_context() -> multiprocessing.context.BaseContext:
 
 @atexit.register
 def _end_workers() -> None:
-    """End the loader processes that an error has left: they ignore the signal by which Python would.
+    """Kill loader processes left by an error: they ignore the signal that Python would send.
 
-    Other processes of the program are left alone: it may import this module, and have its own.
+    Other child processes are not touched: a program that imports this module may have its own.
     """
     left = [worker for worker in multiprocessing.active_children() if worker in _workers]
     if left and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end a fault
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their exit as an error
     for worker in left:
         worker.kill()
 
@@ -203,7 +203,7 @@ def _loader(
         num_workers=num_workers,
         multiprocessing_context=_worker_context() if num_workers else None,
         pin_memory=torch.cuda.is_available() and not cpu_requested(),
-        # A generator of its own: the loader's seed for its workers must not advance the global one.
+        # Its own generator: seeding the workers must not advance the global one.
         generator=torch.Generator(),
         **batching,
     )

@@ -1,4 +1,4 @@
-"""Photos ready to be used: fetched or drawn where they are the project's own, checked, loaded."""
+"""Photos ready to use: downloaded or drawn if they are the project's own, checked, loaded."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,36 +26,36 @@ from hotdog_hf.errors import UserError
 
 @dataclass(frozen=True)
 class Found:
-    """What one process of a machine has found out about the photos, for the others there."""
+    """What one process of a machine has found in the photos, for the other processes."""
 
     summary: str
     skipped: Sequence[Path] = ()
-    # The rows of train to validate on; None if they are scikit-learn's choice, or if none are cut off.
+    # The rows of train for validation; None if scikit-learn chooses them, or if there are none.
     held_back: np.ndarray | None = None
 
 
 def open_photos(config: DataConfig, seed: int, accelerator: Accelerator) -> Photos:
-    """Return the photos, checked by one process of each machine, without the unreadable files.
+    """Return the photos, checked by one process per machine, without the unreadable files.
 
-    Prints what the check found and a table of the counts. Raises `UserError` for what would be no data set,
-    and where machines have different photos.
+    Prints a summary of the check and a table of the counts. Raises `UserError` for an invalid data set, or if
+    machines have different photos.
     """
     photos = found = fault = None
     if accelerator.is_local_main_process:
         photos, found, fault = _try_read(config, seed, accelerator.is_main_process, None)
     if accelerator.num_processes > 1:
-        # The machine's other processes wait for its answers, and use them.
+        # The machine's other processes wait for these results, and use them.
         answers = gather_object([(found, fault)])
         if not accelerator.is_local_main_process:
             found, failed = answers[accelerator.process_index - accelerator.local_process_index]
             if not failed:
                 photos, found, fault = _try_read(config, seed, False, found)
-        # All processes end on a fault of one, so that none waits for it.
+        # All processes exit on an error of one, so that none waits for it.
         digests = gather_object([(fault, photos.digest() if photos else None)])
         fault = next((fault for fault, _ in digests if fault), None)
         other = next((rank for rank, (_, other) in enumerate(digests) if other != digests[0][1]), None)
         if other and not fault:
-            fault = f"process {other} finds other photos in {config.data_dir} than process 0: copy them anew"
+            fault = f"process {other} finds other photos in {config.data_dir} than process 0: copy them again"
     if fault:
         raise UserError(fault)
     accelerator.print(found.summary)
@@ -66,7 +66,7 @@ def open_photos(config: DataConfig, seed: int, accelerator: Accelerator) -> Phot
 def _try_read(
     config: DataConfig, seed: int, progress: bool, found: Found | None
 ) -> tuple[Photos | None, Found | None, str | None]:
-    """Return the photos and what was found out about them, or the fault in a sentence."""
+    """Return the photos and what was found in them, or the error message."""
     try:
         return *_read(config, seed, progress, found), None
     except UserError as error:

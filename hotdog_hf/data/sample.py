@@ -1,8 +1,8 @@
 """The embedded sample set: drawings (not photographs) of hot dogs and of foods that look like them.
 
-`make demo` needs pictures that can be had offline and shared freely, so this module draws them. Every image
-is a pure function of (seed, split, label, index). Scores reached on these drawings say that the training code
-works; they say nothing about how well a model recognises real food.
+`make demo` needs pictures that are available offline and free to share, so this module draws them. Every
+image is a pure function of (seed, split, label, index). Scores on these drawings show that the training code
+works; they do not show how well a model recognises real food.
 
 Both labels share one set of palettes, toppings, plates, backgrounds, props and lighting, so that only the
 shape of the food tells them apart. Foods are drawn in local coordinates (x along the food from -1 to 1, y

@@ -1,4 +1,4 @@
-"""Near duplicates among perceptual hashes, found without comparing every pair. No torch here."""
+"""Near duplicates among perceptual hashes, found without comparing every pair. Imports no torch."""
 
 import itertools
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 
 HASH_BITS = 64
-# Hashes that differ in at most so many bits are those of one picture. On 1,000 hot-dog photos the same
-# picture differed in at most 2 bits, and no two of different scenes in fewer than 10.
+# Hashes that differ in at most so many bits belong to the same picture. On 1,000 hot-dog photos, hashes of
+# the same picture differed in at most 2 bits, and those of different scenes in 10 or more.
 NEAR_BITS = 4
 
 
@@ -16,8 +16,8 @@ def near_pairs(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield all pairs of distinct hashes, uint64 [N], that differ in at most `bits` bits.
 
-    Each item is an array of first indices, of second ones, and of the bits that differ; a pair may come more
-    than once. Nothing is missed: of `bits + 2` parts of two such hashes at least two are equal, so it is
+    Each item has arrays of the first indices, the second indices, and the differing bits; a pair may come
+    more than once. No pair is missed: of `bits + 2` parts of two such hashes at least two are equal, so it is
     enough to compare hashes that agree in two parts, for every choice of two (Manku et al., WWW 2007).
     """
     edges = np.linspace(0, HASH_BITS, bits + 3).round().astype(np.uint64)
@@ -41,7 +41,7 @@ def near_pairs(
 
 
 def similar_groups(hashes: np.ndarray) -> np.ndarray:
-    """Return which group each hash, uint64 [N], belongs to: int64 [N], numbered as they first appear.
+    """Return the group of each hash, uint64 [N]: int64 [N], numbered in order of appearance.
 
     Two hashes are in one group if they are equal, near, or joined by a chain of near ones.
     """

@@ -1,4 +1,4 @@
-"""A data folder, or a data set of the Hub, as a `datasets` DatasetDict: read, counted, identified.
+"""A data folder, or a data set of the Hub, as a `datasets` DatasetDict, with its counts and identity.
 
 A data folder is `train/<class>/*` and `test/<class>/*`, optionally `validation/` (`val`, `valid`).
 """
@@ -25,7 +25,7 @@ HUB_DATA_PREFIX = "hf://datasets/"
 
 
 class StreamedSplit:
-    """Stands for a split that is read as it is needed: its classes, its size, and its photos in turn."""
+    """A split that is streamed: its classes, its size, and an iterator over its photos."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class StreamedSplit:
         fingerprint: str,
         sorted_by_class: bool = False,
     ):
-        """Take rows of `image` (undecoded) and `label`, the photos of each class, and what tells a change."""
+        """Takes rows of `image` (undecoded) and `label`, the photos per class, and a fingerprint."""
         self.name, self.stream, self.counts, self._fingerprint = name, stream, counts, fingerprint
         self.sorted_by_class = sorted_by_class
         self.features, self.num_shards = stream.features, stream.num_shards
@@ -51,7 +51,7 @@ class Photos:
     splits: Mapping[str, datasets.Dataset | StreamedSplit]
     data_dir: str | os.PathLike
     skipped: Sequence[Path] = ()
-    # Whether the validation split was cut from a train split with copies, which were kept together.
+    # Whether the validation split was split off a train split with copies, which were kept together.
     cut_by_content: bool = False
 
     @property
@@ -73,7 +73,7 @@ class Photos:
         }
 
     def names(self, split: str) -> list[str]:
-        """Return each photo's path within the folder, or the name that it came with, or its number."""
+        """Return each photo's path within the folder, or the name in the data set, or its number."""
         rows = self.splits[split]
         paths = (row["image"]["path"] for row in rows)
         if _are_files(rows, self.data_dir):
@@ -81,10 +81,10 @@ class Photos:
         return [str(number) if path is None else path for number, path in enumerate(paths)]
 
     def manifest(self, *splits: str) -> dict[str, list]:
-        """Return what tells whether photos have changed: each file's size and time by its path in the folder.
+        """Return each file's size and time by its path in the folder, to detect changes.
 
-        Of some splits, or of all. Photos that are not files there have one entry per split, with the
-        fingerprint that `datasets` gives it.
+        Of the given splits, or of all. Photos that are not files have one entry per split, with its
+        `datasets` fingerprint.
         """
         entries = {}
         for split in splits or self.splits:
@@ -98,7 +98,7 @@ class Photos:
         return entries
 
     def digest(self) -> str:
-        """Hash which photos there are, in which order, by their names and labels."""
+        """Hash the names and labels of all photos, in order."""
         facts = {
             split: [self.names(split), rows["label"][:]]
             if _are_files(rows, self.data_dir)
@@ -117,7 +117,7 @@ def load_photos(
     """Load a data folder, or `hf://datasets/user/name`, as a DatasetDict of `image` (undecoded) and `label`.
 
     The files in `skip` are left out. If there is no `validation` split, `val_fraction` of train becomes one,
-    see `cut_validation`. Raises `UserError` for what is not in the expected form.
+    see `cut_validation`. Raises `UserError` for data of another structure.
     """
     splits = load_splits(data_dir, skip)
     if val_fraction and "validation" not in splits:
@@ -155,7 +155,7 @@ def cut_validation(
         return _in_order({**splits, "train": train.select(kept), "validation": train.select(held_back)})
     try:
         cut = train.train_test_split(fraction, stratify_by_column="label", seed=seed)
-    except ValueError as error:  # scikit-learn's own rule: at least one photo of every class on each side
+    except ValueError as error:  # scikit-learn's rule: at least one photo of every class on each side
         raise UserError(f"--val-fraction {fraction} of {len(train)} photos: {error}") from error
     return _in_order({**splits, "train": cut["train"], "validation": cut["test"]})
 
@@ -165,10 +165,10 @@ def _in_order(splits: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:
 
 
 def _read_folder(data_dir: str, skip: Collection[Path]) -> dict[str, datasets.Dataset]:
-    """Make of a data folder what `load_dataset("imagefolder")` makes, out of an explicit list of files.
+    """Load a data folder like `load_dataset("imagefolder")`, but from an explicit list of files.
 
-    `datasets`' own patterns let the word "test" inside a file name choose its split, and drop what they do
-    not match. Every split has the label order of the sorted class names.
+    The patterns of `datasets` let the word "test" in a file name choose its split, and drop files that do not
+    match. The labels of every split are the sorted class names.
     """
     files = find_photos(data_dir)
     label_names = sorted(files["train"])
@@ -199,7 +199,7 @@ def _read_hub(repo: str) -> dict[str, datasets.Dataset]:
         raise UserError(f"{repo}: {unlabelled} photos have no label")
     if missing := {"train", "test"} - set(splits):
         raise UserError(
-            f"{repo} has the splits {', '.join(loaded)}; {' and '.join(sorted(missing))} is missing"
+            f"{repo} has the splits {', '.join(loaded)}; missing: {' and '.join(sorted(missing))}"
         )
     require_every_class(Photos(splits, repo))
     return splits
@@ -218,7 +218,7 @@ def require_every_class(photos: Photos) -> None:
 def select_image_and_label(
     repo: str, rows: datasets.Dataset | datasets.IterableDataset
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Return the image and label columns under these names, images undecoded."""
+    """Return only the image and label columns, under these names, images undecoded."""
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(images) != 1 or len(labels) != 1:
@@ -226,34 +226,34 @@ def select_image_and_label(
         raise UserError(f"{repo} must have one Image and one ClassLabel column, but has {columns}")
     names = {images[0]: "image", labels[0]: "label"}
     rows = rows.select_columns(list(names))
-    # A stream's columns cannot be renamed to what they are called.
+    # A stream's columns cannot be renamed to their own names.
     rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
 def describe(counts: dict[str, dict[str, int]]) -> str:
-    """Return a table of photo counts, a line a split and a column a class."""
+    """Return a table of photo counts, one line per split and one column per class."""
     rows = [["split", *counts["train"], "all"]]
     rows += [[split, *by_class.values(), sum(by_class.values())] for split, by_class in counts.items()]
     return "\n".join(" ".join(f"{value:>14}" for value in row) for row in rows)
 
 
 def push_photos(photos: datasets.DatasetDict, repo: str, *, private: bool = False) -> str:
-    """Upload photos as a data set of the Hub, files as they are, and return its address."""
+    """Upload photos as a data set of the Hub, files unchanged, and return its URL."""
     with hub_errors(repo):
         photos.cast_column("image", datasets.Image()).push_to_hub(repo, private=private)
     return f"{huggingface_hub.constants.ENDPOINT}/datasets/{repo}"
 
 
 def _are_files(rows: datasets.Dataset | StreamedSplit, data_dir: str | os.PathLike) -> bool:
-    """Tell whether photos are files of a data folder: not of the Hub, and not of shards."""
+    """Return whether photos are files of a data folder: not from the Hub, and not from shards."""
     if str(data_dir).startswith(HUB_DATA_PREFIX) or isinstance(rows, StreamedSplit):
         return False
     return rows[0]["image"]["bytes"] is None
 
 
 def resolve_positive(label_names: list[str], positive_label: str | None) -> str | None:
-    """Return the positive class: the one asked for, else "hotdog" where it exists, else None."""
+    """Return the positive class: the one asked for, else "hotdog" if it exists, else None."""
     if positive_label is None:
         return "hotdog" if "hotdog" in label_names else None
     if positive_label not in label_names:
@@ -266,9 +266,9 @@ def resolve_positive(label_names: list[str], positive_label: str | None) -> str 
 def sample_photos(
     rows: datasets.Dataset, positive_label: str | None, count: int = 8
 ) -> tuple[list[Image.Image], list[Image.Image], tuple[str, str]]:
-    """Return the chapter's look at the data: first photos of one class, last of the others, and titles.
+    """Return sample photos as in the chapter: the first of one class, the last of the others, and titles.
 
-    The one class is the positive one, or the first where there is none.
+    The one class is the positive one, or the first if there is none.
     """
     names, labels = rows.features["label"].names, np.asarray(rows["label"][:])
     one = names.index(positive_label or names[0])

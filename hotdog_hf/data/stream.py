@@ -1,4 +1,4 @@
-"""Photos read as they are needed, from Parquet shards on the Hub or on disk: for data larger than a disk."""
+"""Streaming photos from Parquet shards on the Hub or on disk, for data larger than the disk."""
 
 import collections
 import contextlib
@@ -39,8 +39,8 @@ from hotdog_hf.hub import hub_errors
 def open_stream(data_dir: str, progress: bool = True) -> dict[str, datasets.Dataset | StreamedSplit]:
     """Open `hf://datasets/user/name`, or a folder of Parquet shards, with train as a stream.
 
-    The other splits are held in memory, undecoded. Of train the labels alone are read at once. Raises
-    `UserError` for what is not in the expected form.
+    The other splits are kept in memory, undecoded. Of train, only the labels are read at once. Raises
+    `UserError` for data of another structure.
     """
     name = data_dir.removeprefix(HUB_DATA_PREFIX)
     if name == data_dir and not Path(data_dir).is_dir():
@@ -57,7 +57,7 @@ def open_stream(data_dir: str, progress: bool = True) -> dict[str, datasets.Data
         for name in names.values():
             if other := next((path for path in files[name] if not path.endswith(".parquet")), None):
                 raise UserError(
-                    f"--streaming reads Parquet shards, and {other} is none: scripts/shard.py writes them"
+                    f"--streaming reads Parquet shards, and {other} is not one: scripts/shard.py writes them"
                     " from a folder of photos, scripts/push.py --dataset to the Hub"
                 )
         streams = builder.as_streaming_dataset()
@@ -79,7 +79,7 @@ def open_stream(data_dir: str, progress: bool = True) -> dict[str, datasets.Data
 
 @contextlib.contextmanager
 def _reading(data_dir: str) -> Iterator[None]:
-    """Turn what keeps shards from being read into a `UserError`."""
+    """Turn errors of reading shards into a `UserError`."""
     on_hub = data_dir.startswith(HUB_DATA_PREFIX)
     try:
         with hub_errors(data_dir.removeprefix(HUB_DATA_PREFIX)) if on_hub else contextlib.nullcontext():
@@ -89,11 +89,10 @@ def _reading(data_dir: str) -> Iterator[None]:
 
 
 def _count(paths: list[str], label_names: list[str], progress: bool) -> tuple[list[int], bool]:
-    """Return the photos of each class, by the shards' label columns alone, and whether these are sorted.
+    """Return the photos per class, from the shards' label columns only, and whether these are sorted.
 
-    They are taken for sorted where neighbours differ less than half as often as in a mixed order.
-
-    `datasets` would take the class names of the first shard for all: others are refused.
+    They count as sorted if neighbours differ less than half as often as in a shuffled order. Shards with
+    other class names than the first are rejected; `datasets` would use the first's for all.
     """
     counted, changes = np.zeros(len(label_names), dtype=np.int64), 0
     for path in tqdm(paths, desc="labels", unit="shard", leave=False, disable=None if progress else True):
@@ -118,9 +117,9 @@ def _count(paths: list[str], label_names: list[str], progress: bool) -> tuple[li
 
 
 class StreamDataset(torch.utils.data.Dataset):
-    """Decodes and augments what `StreamSampler` read: keys are `(epoch, index, row)`, row None for padding.
+    """Decodes and augments the rows of `StreamSampler`: keys are `(epoch, index, row)`, row None for padding.
 
-    Items are as `loaders.PhotoDataset` gives them; what is drawn follows from (seed, epoch, index).
+    Items are those of `loaders.PhotoDataset`; the augmentation depends on (seed, epoch, index).
     """
 
     def __init__(self, transform: Transform, seed: int):
@@ -136,25 +135,25 @@ class StreamDataset(torch.utils.data.Dataset):
         }
 
     def __getitems__(self, keys: Sequence) -> list[dict]:
-        """Return the items of a batch, as torch's loader asks for them."""
+        """Return the items of a batch; called by torch's loader."""
         return map_threaded(self.__getitem__, keys)
 
     def network_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return what the network takes of a batch, as `PhotoDataset` does."""
+        """Return the network's input for a batch, like `PhotoDataset`."""
         return self.transform.normalize(pixel_values)
 
     def name_of(self, index: int) -> str:
-        """Say which photo, for messages: its place in the epoch's stream."""
+        """Return a photo's name for messages: its place in the epoch's stream."""
         return f"photo {index} of the stream"
 
 
 class StreamSampler(StepSampler):
     """For every optimizer step of an epoch, the photos that this process reads for it, undecoded.
 
-    Process r of w reads its own shards where w divides their number, else every w-th photo of all
-    (`split_dataset_by_node`); shards are shuffled whole, their photos within `buffer_size`, both by (seed,
-    epoch). No photo is left out or comes twice: the processes go on until the last one's photos are used up,
-    one that has none left gets a padding photo, and `sum_processes` adds up over them how many each has.
+    Process r of w reads its own shards if w divides their number, else every w-th photo of all
+    (`split_dataset_by_node`); the order of the shards is shuffled, and their photos within `buffer_size`,
+    both by (seed, epoch). Every photo comes exactly once: the processes continue until the last one's photos
+    are used up; one without photos gets a padding photo. `sum_processes` adds up how many each has.
     """
 
     def __init__(
@@ -176,30 +175,30 @@ class StreamSampler(StepSampler):
         self.agreed: collections.deque[int] = collections.deque()
 
     def step_sizes(self) -> Iterator[int]:
-        """Yield for each batch, once it has come, its number of photos over all processes."""
+        """Yield each batch's number of photos over all processes, once the batch has been read."""
         while self.agreed:
             yield self.agreed.popleft()
 
     def __iter__(self) -> Iterator[list[tuple[int, int, dict | None]]]:
         self.agreed.clear()
         rows = self._rows()
-        # What came before a resume is read again, but not decoded: the shuffle buffer fills as it did.
+        # Photos before a resume are read again, but not decoded, so that the shuffle buffer fills as before.
         position = sum(1 for _ in itertools.islice(rows, self.first_step * self.share))
-        seen = self.sum_processes(position)
+        yielded = self.sum_processes(position)
         while size := self.sum_processes(len(batch := list(itertools.islice(rows, self.share)))):
             self.agreed.append(size)
-            seen += size
+            yielded += size
             places = range(position, position + max(len(batch), 1))
             yield [
                 (self.epoch, place * self.world_size + self.rank, row)
                 for place, row in zip(places, batch or [None], strict=True)
             ]
             position += len(batch)
-        if seen != self.size:
-            raise UserError(f"{self.name} gave {seen} photos of train where its shards had {self.size}")
+        if yielded != self.size:
+            raise UserError(f"{self.name} yielded {yielded} photos of train, but its shards had {self.size}")
 
     def _rows(self) -> Iterator[dict]:
-        # At its end `datasets` waits 5 seconds for the threads that read ahead.
+        # At the end `datasets` waits 5 seconds for its prefetching threads.
         self.stream.set_epoch(self.epoch)
         with _reading(self.name):
             yield from self.stream
@@ -210,8 +209,8 @@ def train_loader(
 ) -> torch.utils.data.DataLoader:
     """Return batches of one optimizer step each, as `loaders.train_loader` does for photos on disk.
 
-    The order depends on the number of processes, not on that of the loader's workers: they only decode what
-    this process reads.
+    The order depends on the number of processes, not on the number of workers, which only decode what this
+    process reads.
     """
     return step_loader(StreamDataset(transform, sampler.seed), sampler, num_workers)
 
@@ -219,13 +218,13 @@ def train_loader(
 def write_shards(
     photos: datasets.DatasetDict, target: Path, photos_a_shard: int, seed: int
 ) -> dict[str, int]:
-    """Write `target/data/<split>-00000-of-00002.parquet`, ..., whole or not at all; return shards by split.
+    """Write `target/data/<split>-00000-of-00002.parquet`, ... atomically; return the shards per split.
 
-    Photos are shuffled by the seed, so that a stream, which shuffles a part of them at a time, mixes classes.
+    Photos are shuffled by the seed, as a stream shuffles only a part of them at a time.
     """
     numbers = {split: math.ceil(len(rows) / photos_a_shard) for split, rows in photos.items()}
     if target.exists():
-        raise UserError(f"{target} exists already; give another folder")
+        raise UserError(f"{target} already exists; give another folder")
     with replacing_folder(target) as part:
         (part / "data").mkdir()
         bar = tqdm(total=sum(numbers.values()), unit="shard", leave=False, disable=None)
@@ -233,7 +232,7 @@ def write_shards(
             shuffled = rows.shuffle(seed=seed).cast_column("image", datasets.Image())
             for number in range(numbers[split]):
                 shard = shuffled.shard(numbers[split], number).with_format("arrow")
-                table = embed_table_storage(shard[:])  # the files' bytes in the place of their paths
+                table = embed_table_storage(shard[:])  # the files' bytes instead of their paths
                 name = f"{split}-{number:05}-of-{numbers[split]:05}.parquet"
                 pyarrow.parquet.write_table(table, part / "data" / name)
                 bar.update()

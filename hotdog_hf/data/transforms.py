@@ -1,4 +1,4 @@
-"""From a photo to what a network takes: resized, cropped and flipped per photo, normalised per batch."""
+"""From a photo to a network's input: resize, crop and flip per photo, normalise per batch."""
 
 import functools
 import threading
@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 
 class ResizeAndCrop:
-    """timm's evaluation transform in two halves: what is done to a photo, and to a batch on its device."""
+    """timm's evaluation transform in two parts: `pixels` per photo, `normalize` per batch on its device."""
 
     def __init__(self, data_config: dict):
         self.resize_and_crop = create_transform(**data_config, normalize=False)
@@ -23,17 +23,17 @@ class ResizeAndCrop:
         return self.resize_and_crop(photo)
 
     def __call__(self, photo: Image.Image) -> torch.Tensor:
-        """Return what a network takes of one photo, float [3, H, W]."""
+        """Return the network's input for one photo, float [3, H, W]."""
         return self.normalize(self.pixels(photo)[None])[0]
 
 
 class CropAndFlip:
-    """The chapter's training transform: a random resized crop and a random flip of a photo, then as above.
+    """The chapter's training transform: a random resized crop and a random flip, then normalisation.
 
-    torchvision's, with what is drawn (from torch's generator alone) apart from the work, which threads share.
+    torchvision's, with drawing (from torch's generator) separated from the work, which threads share.
     """
 
-    # Torch's generator is one for all threads.
+    # All threads share torch's generator.
     _drawing = threading.Lock()
 
     def __init__(self, size: int | Sequence[int], min_crop_area: float, data_config: dict):
@@ -45,9 +45,9 @@ class CropAndFlip:
         self.normalize = Normalize(data_config["mean"], data_config["std"])
 
     def pixels(self, photo: Image.Image, *numbers: int) -> torch.Tensor:
-        """Return the bytes of a crop, uint8 [3, H, W]; what is drawn follows from the numbers alone."""
+        """Return the bytes of a crop, uint8 [3, H, W]; crop and flip depend only on the numbers."""
         with self._drawing, torch.random.fork_rng(devices=[]):
-            # The CPU generator only: torch.manual_seed would reset the GPU's as well, photo by photo.
+            # Only the CPU's generator: torch.manual_seed would reset the GPU's too, for every photo.
             torch.default_generator.manual_seed(derive_seed(*numbers))
             place, flip = self.crop.make_params([photo]), torch.rand(1) < 0.5
         cropped = self.crop.transform(photo, place)
@@ -67,25 +67,25 @@ def train_transform(
 ) -> CropAndFlip:
     """Return the chapter's training transform.
 
-    A crop takes at least `min_crop_area` of the photo and becomes `image_size` pixels square (None: the size
-    of evaluation; smaller is faster, and things look larger in a random crop anyway: arXiv 1906.06423).
+    A crop covers at least `min_crop_area` of the photo and is resized to `image_size` pixels square (None:
+    the evaluation size; smaller is faster, and objects look larger in random crops anyway: arXiv 1906.06423).
     """
     return CropAndFlip(image_size or data_config["input_size"][1:], min_crop_area, data_config)
 
 
 def derive_seed(*numbers: int) -> int:
-    """Hash a few numbers into one well-spread seed, so that neighbours share nothing."""
+    """Hash a few numbers into one seed; neighbouring numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-# Convolutions run faster on it, on CPUs and on GPUs with tensor cores; the numbers are the same.
+# Convolutions are faster in it, on CPUs and on GPUs with tensor cores; results are the same.
 MEMORY_FORMAT = torch.channels_last
 
 
 class Normalize:
-    """Scales bytes to 0..1, subtracts the mean and divides by the deviation, a channel at a time.
+    """Scales bytes to 0..1, subtracts the mean and divides by the deviation, per channel.
 
-    To the bit what torchvision does photo by photo. A byte crosses to a GPU in a quarter of a float's time.
+    Bit for bit what torchvision computes per photo. Bytes copy to a GPU in a quarter of the time of floats.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
@@ -100,5 +100,5 @@ class Normalize:
 
 @functools.cache
 def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Return values [C, 1, 1], sent to the device once: each time would make the GPU's queue wait."""
+    """Return values [C, 1, 1], copied to the device once: a copy per batch would stall the GPU."""
     return torch.tensor(values, device=device)[:, None, None]
