@@ -5,10 +5,12 @@ a whole run of scripts/train.py does about a kill is in test_resume.py.
 """
 
 import contextlib
+import json
 import os
 import random
 import shutil
 import stat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +19,12 @@ import timm
 import torch
 from faults import Faults, Killed, exit_code_in_fork
 
+from hotdog_hf.config import OptimConfig, parse_train_config
+from hotdog_hf.data import loaders
 from hotdog_hf.data.transforms import MEMORY_FORMAT
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import saved
-from hotdog_hf.training import checkpoint, launch, optim, records
+from hotdog_hf.training import checkpoint, engine, launch, loop, optim, records
 from hotdog_hf.training.state import Progress, TrainState
 
 STEPS = 3
@@ -80,9 +84,9 @@ class Run:
 def ended(run_dir):
     """What a run has come to."""
     folder = checkpoint.latest(run_dir)
-    return [(folder / name).read_bytes() for name in ("state.safetensors", "state.json")] + [
-        (run_dir / "metrics.jsonl").read_bytes()
-    ]
+    content = json.loads((folder / "state.json").read_text())
+    del content["progress"]["run_seconds"]
+    return [content, (folder / "state.safetensors").read_bytes(), (run_dir / "metrics.jsonl").read_bytes()]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,95 @@ def test_what_is_not_finite_becomes_no_checkpoint(accelerator, tmp_path, place, 
     assert list(before.parent.iterdir()) == [before] == [checkpoint.find("auto", str(tmp_path))]
 
 
+class Numbers(torch.utils.data.Dataset):
+    """Inputs [1] of a network, all finite but that of the photo `broken`."""
+
+    def __init__(self, broken=None):
+        self.broken = broken
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, key):
+        _, index = key
+        value = float("nan") if index == self.broken else index / 12
+        return {"pixel_values": torch.tensor([value]), "labels": index % 2, "index": index}
+
+    def network_input(self, pixel_values):
+        return pixel_values
+
+    def name_of(self, index):
+        return f"<{index}>"
+
+
+@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_a_loss_that_is_not_finite_in_any_micro_batch_is_told_with_its_photos(
+    accelerator, tmp_path, accumulation, saves
+):
+    """And at once if a checkpoint is to be saved, though a loss is otherwise checked one step late."""
+    sampler = loaders.StepSampler(12, 4, seed=3)
+    batches = [[index for _, index in batch] for batch in sampler]
+    for place in range(4):
+        dataset = Numbers(broken=batches[1][place])
+        loader = loaders.step_loader(dataset, loaders.StepSampler(12, 4, seed=3), num_workers=0)
+        net = torch.nn.Linear(1, 2)
+        optimizer = optim.build_optimizer([{"params": list(net.parameters()), "lr": 0.25}], "sgd")
+        state = TrainState(net, optimizer, optim.build_schedule(optimizer, "constant", 3))
+        config = OptimConfig(gradient_accumulation_steps=accumulation)
+        names = ", ".join(f"<{index}>" for index in batches[1])
+        with pytest.raises(
+            engine.NonFiniteLossError, match=rf"nan at .* from 0.25 to 0.25, on 4 .*: {names};"
+        ):
+            for _ in engine.train_steps(accelerator, state, loader, config):
+                state.progress.total_steps += 1
+                if saves:
+                    checkpoint.save(tmp_path, accelerator, state, keep=2)
+        assert state.progress.total_steps == 2
+        assert not saves or checkpoint.steps_of(checkpoint.latest(tmp_path)) == 1
+
+
+def test_weights_that_a_step_breaks_are_told_with_its_photos(accelerator, tmp_path):
+    """A finite loss, and an infinite weight after the step."""
+    loader = loaders.step_loader(Numbers(), loaders.StepSampler(12, 4, seed=3), num_workers=0)
+    net = torch.nn.Linear(1, 2)
+    optimizer = optim.build_optimizer([{"params": list(net.parameters()), "lr": 0.25}], "sgd")
+    state = TrainState(net, optimizer, optim.build_schedule(optimizer, "constant", 3))
+    steps = engine.train_steps(accelerator, state, loader, OptimConfig())
+    next(steps)
+    torch.nn.init.constant_(net.weight, float("inf"))  # as an overflow leaves it
+    with pytest.raises(
+        engine.NonFiniteLossError, match=r"model.weight became .* rates from 0.25 .* on 4 photos"
+    ):
+        checkpoint.save(tmp_path, accelerator, state, keep=2)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_last_good_checkpoint_is_older_than_the_weights_that_gave_no_number(accelerator, tmp_path):
+    """A checkpoint may be of weights that are finite and too large, as the next step's loss then tells."""
+    [first, second, third] = saved_steps(accelerator, tmp_path, [1, 2, 3])
+    job = SimpleNamespace(
+        state=SimpleNamespace(progress=Progress(total_steps=4)),
+        config=parse_train_config([]),
+        accelerator=accelerator,
+    )
+    for error, good in (
+        (engine.NonFiniteLossError("loss", steps_since=1), second),
+        (engine.NonFiniteLossError("answer"), third),
+        (UserError("full disk"), third),
+    ):
+        told = pytest.raises(UserError, match=f"after 4 steps: .*Last good checkpoint: {good}")
+        with told, loop.add_progress_to_errors(job, tmp_path):
+            raise error
+    shutil.rmtree(third)
+    shutil.rmtree(second)
+    job.state.progress.total_steps = 2
+    told = pytest.raises(UserError, match="Last good checkpoint: none")
+    with told, loop.add_progress_to_errors(job, tmp_path):
+        raise engine.NonFiniteLossError("loss", steps_since=1)
+    assert first.exists()
+
+
 def test_a_bound_that_is_infinite_on_purpose_is_saved(accelerator, tmp_path):
     run = Run(accelerator, tmp_path)
     run.state.model.register_buffer("bound", torch.tensor(float("inf")))
@@ -255,8 +348,7 @@ def labelled(net):
     return net
 
 
-@pytest.mark.parametrize("killed_before", [False, True])
-@pytest.mark.parametrize("kind", ["kill", "fill_disk"])
+@pytest.mark.parametrize(("kind", "killed_before"), [("kill", False), ("kill", True), ("fill_disk", False)])
 def test_a_fault_while_a_model_is_saved_leaves_the_earlier_or_the_new_one(
     faults, tmp_path, kind, killed_before
 ):

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, or hindered, and how they go on."""
 
+import dataclasses
 import json
 import os
 import random
@@ -18,8 +19,9 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
 from conftest import ROOT, TINY_MODEL, run
-from faults import exit_code_in_fork
+from faults import Faults, exit_code_in_fork
 from test_engine import TWO_PROCESSES
 
 from hotdog_hf.config import parse_train_config
@@ -27,11 +29,14 @@ from hotdog_hf.data import loaders, transforms
 from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.training import checkpoint, engine, launch, loop
+from hotdog_hf.training.job import build
 from hotdog_hf.training.run_dir import check_same_run, resume_command
 from hotdog_hf.training.state import Progress, TrainState
 
 # Kills of the whole process group in each setting; more by HOTDOG_KILLS=20.
 KILLS = int(os.environ.get("HOTDOG_KILLS", "2"))
+# In a whole run, a kill before one in so many changes of the disk; before each by HOTDOG_EVERY_FAULT=1.
+EVERY_FAULT = int(os.environ.get("HOTDOG_EVERY_FAULT", "7"))
 FLAGS = ("--epochs", 5, "--batch-size", 4, "--momentum", 0.9, "--schedule", "cosine", "--learning-rate", 1e-4)
 EVERY_STEP = ("--checkpoint-every", 1, "--resume", "auto")
 
@@ -158,6 +163,98 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_very_bit(
     assert kills == 0 or "resumed from" in out
     assert_same_run(run_dir, reference)
     assert len(list((run_dir / "checkpoints").iterdir())) <= 3, "two are kept, and one may be half written"
+
+
+def test_a_whole_run_is_killed_before_changes_of_the_disk(
+    tiny_weights, photos_dir, tmp_path, monkeypatch, capfd
+):
+    """From the folder's making to the model card; test_checkpoint.py has every change that matters.
+
+    All starts are forks of one process that has the photos and the network ready.
+    """
+    flags = ("--recipe", "frozen", "--epochs", 2, "--checkpoint-every", 2, "--keep-checkpoints", 1)
+    faults, job = Faults(monkeypatch), built(tiny_weights, photos_dir, *flags)
+    monkeypatch.setattr(
+        loop.plots, "plot_curves", lambda *_: None
+    )  # the slowest, and nothing depends on them
+    monkeypatch.setattr(loop.plots, "plot_samples", lambda *_: None)
+
+    def start(run_dir, number=None, resume=None):
+        def run_here():
+            set_seed(0)
+            run_config = dataclasses.replace(job.config.run, output_dir=str(run_dir), resume=resume)
+            ready = dataclasses.replace(job, config=dataclasses.replace(job.config, run=run_config))
+            with monkeypatch.context() as patch, faults.before(number, faults.exit) as changes:
+                patch.setattr(loop, "build", lambda config, accelerator: ready)
+                loop.train(ready.config, job.accelerator, SimpleNamespace(number=0))
+            (tmp_path / "changes").write_text("\n".join(changes))
+
+        return exit_code_in_fork(run_here)
+
+    assert start(tmp_path / "whole") == 0, capfd.readouterr().err
+    total = len((tmp_path / "changes").read_text().splitlines())
+    numbers = range(1, total + 1, EVERY_FAULT)
+    for number in numbers:
+        run_dir = tmp_path / str(number)
+        assert start(run_dir, number) == 77
+        assert start(run_dir, resume="auto") == 0, capfd.readouterr().err
+        assert_same_run(run_dir, tmp_path / "whole")
+        shutil.rmtree(run_dir)
+    print(f"{len(numbers)} of {total} faults, as many identical ends")
+
+
+def built(weights, data_dir, *flags):
+    """A training that is ready to begin."""
+    words = ["--data-dir", data_dir, "--model", TINY_MODEL, "--weights", weights, "--image-size", 64]
+    config = parse_train_config([str(word) for word in (*words, "--batch-size", 8, *flags)])
+    return build(config, launch.build_accelerator(config.run.precision, num_threads=1))
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_starts(tiny_weights, photos_dir, tmp_path):
+    flags = ("--recipe", "frozen", "--epochs", 2)
+    train_here(tiny_weights, photos_dir, tmp_path / "run", *flags, stop=StopAfter(6))
+    file = checkpoint.latest(tmp_path / "run") / "state.json"
+    content = json.loads(file.read_text())
+    first = content["progress"]["run_seconds"]
+    assert 0 < first < 100
+    content["progress"]["run_seconds"] = 1000.0  # as if the first start had been long
+    file.write_text(json.dumps(content))
+    train_here(tiny_weights, photos_dir, tmp_path / "run", *flags, "--resume", "auto")
+    final = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert 1000 < final["seconds"] < 1100
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed(tiny_weights, photos_dir, tmp_path):
+    """Its progress had no seconds of the whole run, its optimizer had said it is not fused."""
+    flags = ("--epochs", 2, "--momentum", 0.9)
+    train_here(tiny_weights, photos_dir, tmp_path / "undisturbed", *flags)
+    train_here(tiny_weights, photos_dir, tmp_path / "run", *flags, stop=StopAfter(6))
+    file = checkpoint.latest(tmp_path / "run") / "state.json"
+    content = json.loads(file.read_text())
+    del content["progress"]["run_seconds"]
+    for group in content["optimizer"]["param_groups"]:
+        group["fused"] = False
+    file.write_text(json.dumps(content))
+    train_here(tiny_weights, photos_dir, tmp_path / "run", *flags, "--resume", "auto")
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_results_are_written_before_the_speed_is_measured(
+    tiny_weights, photos_dir, tmp_path, monkeypatch, capsys
+):
+    """It takes the memory of a second network."""
+    here, written = tmp_path / "run", {}
+
+    def measure(*_):
+        written["files"] = {path.name for path in (*here.iterdir(), *(here / "model").iterdir())}
+        written["rows"] = numbers_of(here)
+        raise torch.OutOfMemoryError("no room for a copy")
+
+    monkeypatch.setattr(engine, "measure_speed", measure)
+    train_here(tiny_weights, photos_dir, here, "--epochs", 1)
+    assert {"predictions.csv", "README.md", "metrics.jsonl"} <= written["files"]
+    assert written["rows"][-1]["final"] and written["rows"] == numbers_of(here)
+    assert "was not measured: not enough memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stop_after", [2, 4, 6])

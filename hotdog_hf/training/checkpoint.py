@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from hotdog_hf.errors import UserError
 from hotdog_hf.files import replacing_folder
@@ -35,6 +36,8 @@ def save(run_dir: Path, accelerator: Accelerator, state: TrainState, keep: int) 
     Must be called by every process. Raises `UserError` if the state is not finite or cannot be written; the
     earlier checkpoints stay.
     """
+    if state.check_finite:
+        state.check_finite()
     tensors, optimizer_content = _split_state(accelerator, state)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     own = {
@@ -46,12 +49,18 @@ def save(run_dir: Path, accelerator: Accelerator, state: TrainState, keep: int) 
         "cuda": torch.cuda.get_rng_state(accelerator.device) if accelerator.device.type == "cuda" else None,
     }
     processes = gather_object([own])
-    progress = dataclasses.replace(state.progress, totals=[process.pop("totals") for process in processes])
+    progress = dataclasses.replace(
+        state.progress,
+        totals=[process.pop("totals") for process in processes],
+        run_seconds=time.perf_counter() - state.started,
+    )
     folder = run_dir / "checkpoints" / f"step-{progress.total_steps:08}"
     not_finite = [name for process in processes if (name := process.pop("not_finite"))]
     if not all(math.isfinite(value) for row in progress.totals for value in row):
         not_finite.insert(0, "the loss")
     if not_finite:
+        if state.check_finite:
+            state.check_finite(not_finite[0])
         raise UserError(f"{not_finite[0]} is not finite, so no checkpoint is written")
     tensors = sharding.full_tensors(tensors, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
@@ -214,25 +223,34 @@ def epoch_of(folder: Path) -> int:
         return _read_plain(folder)["progress"]["epoch"]
 
 
-def load(content: tuple[dict[str, torch.Tensor], dict], accelerator: Accelerator, state: TrainState) -> None:
-    """Load `content`, as returned by `read`, into `state`."""
-    tensors, plain = content
-    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "random": {}}
-    for name, value in tensors.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = value
-    sharding.load_state(accelerator.unwrap_model(state.model), parts["model"])
-    if state.average is not None:
-        sharding.load_state(state.average, parts["average"])
+def load(
+    content: tuple[dict[str, torch.Tensor], dict] | None, accelerator: Accelerator, state: TrainState
+) -> None:
+    """Load `content`, as returned by `read` on the first process, into `state`.
 
-    optimizer, saved = state.optimizer, plain["optimizer"]
+    Must be called by every process. Tensors are broadcast one at a time, so that only the first process
+    holds all of them.
+    """
+    tensors, plain = content or ({}, None)
+    [plain] = broadcast_object_list([plain])
+    optimizer, saved, random_states = state.optimizer, plain["optimizer"], {}
     optimizer_state = {int(index): values for index, values in saved["state"].items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for name, value in parts["optimizer"].items():
-        index, _, key = name.partition(".")
-        optimizer_state.setdefault(int(index), {})[key] = (
-            value if key == "step" else _laid_out_like(value, parameters[int(index)])
-        )
+    modules = {"model": accelerator.unwrap_model(state.model), "average": state.average}
+    targets = {part: module.state_dict() for part, module in modules.items() if module is not None}
+    for name, value in sharding.broadcast_each(accelerator, tensors):
+        part, _, rest = name.partition(".")
+        if part in targets:
+            sharding.copy_into(targets[part].pop(rest), value)
+        elif part == "optimizer":
+            index, _, key = rest.partition(".")
+            optimizer_state.setdefault(int(index), {})[key] = (
+                value.cpu() if key == "step" else _laid_out_like(value, parameters[int(index)])
+            )
+        elif part == "random":
+            random_states[rest] = value.cpu()
+    if missing := [f"{part}.{name}" for part, left in targets.items() for name in left]:
+        raise UserError(f"the checkpoint has no {missing[0]}, so it is of another network")
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": saved["param_groups"]})
     state.schedule.load_state_dict(plain["schedule"])
     if accelerator.scaler:
@@ -242,10 +260,11 @@ def load(content: tuple[dict[str, torch.Tensor], dict], accelerator: Accelerator
     own = plain["random"][rank]
     random.setstate((own["python"][0], tuple(own["python"][1]), own["python"][2]))
     np.random.set_state((own["numpy"][0], np.array(own["numpy"][1], np.uint32), *own["numpy"][2:]))
-    torch.set_rng_state(parts["random"][f"{rank}.torch"])
-    if f"{rank}.cuda" in parts["random"]:
-        torch.cuda.set_rng_state(parts["random"][f"{rank}.cuda"], accelerator.device)
+    torch.set_rng_state(random_states[f"{rank}.torch"])
+    if f"{rank}.cuda" in random_states:
+        torch.cuda.set_rng_state(random_states[f"{rank}.cuda"], accelerator.device)
     state.progress = Progress(**plain["progress"])
+    state.started -= state.progress.run_seconds
     state.totals = torch.tensor(state.progress.totals[rank], device=accelerator.device)
 
 

@@ -21,7 +21,14 @@ BAR_REFRESH_SECONDS = 0.5
 
 
 class NonFiniteLossError(UserError):
-    """The loss, or an output of the network, has become NaN or infinite."""
+    """The loss, a weight, or an output of the network, has become NaN or infinite.
+
+    The weights that caused it are those of `steps_since` steps before.
+    """
+
+    def __init__(self, message: str, steps_since: int = 0):
+        super().__init__(message)
+        self.steps_since = steps_since
 
 
 def measure_speed(
@@ -63,6 +70,7 @@ def train_steps(
     """
     set_train_mode(state.model, eval_modules)
     check_finite = FiniteCheck(accelerator, loader.dataset)
+    state.check_finite = check_finite.last
     with progress_bar(accelerator, loader, title) as bar:
         for batch, step_size, data_seconds in timed_batches(loader):
             step_loss = forward_backward(accelerator, state, loader.dataset, batch, step_size, config)
@@ -175,18 +183,21 @@ class FiniteCheck:
         self.last()
         self.pending = HostCopy(self.accelerator.reduce(loss)), indices, rates
 
-    def last(self) -> None:
-        """Check the loss that is still pending, if any."""
+    def last(self, broken: str | None = None) -> None:
+        """Check the loss that is still pending, if any; `broken` names what the step made not finite."""
         if self.pending is None:
             return
         copied, indices, rates = self.pending
         loss = copied.read()
-        if not torch.isfinite(loss):
+        lost = not torch.isfinite(loss)
+        if lost or broken:
             names = [self.dataset.name_of(index) for index in indices[:5].tolist()]
+            what = f"the loss became {loss.item()}" if lost else f"{broken} became NaN or infinite"
             raise NonFiniteLossError(
-                f"the loss became {loss.item()} at learning rates from {min(rates):.3g} to {max(rates):.3g},"
+                f"{what} at learning rates from {min(rates):.3g} to {max(rates):.3g},"
                 f" on {len(indices)} photos: {', '.join(names)}{', ...' if len(indices) > 5 else ''}"
-                "; start a new run with a lower --learning-rate"
+                "; start a new run with a lower --learning-rate",
+                steps_since=1 if lost else 0,
             )
 
 

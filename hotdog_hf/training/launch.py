@@ -223,10 +223,11 @@ def log(accelerator: Accelerator, row: dict, step: int) -> None:
         accelerator.print(f"warning: the tracker accepted no metrics: {type(error).__name__}: {error}")
 
 
-def run_on_main(accelerator: Accelerator, function: Callable[[], object]) -> object:
+def run_on_main(accelerator: Accelerator, function: Callable[[], object], share: bool = True) -> object:
     """Call `function` on the first process, which alone may have the run's folder; return its result on all.
 
-    Its `UserError` is raised on every process, so that none waits for one that has exited.
+    Its `UserError` is raised on every process, so that none waits for one that has exited. Without `share`
+    the other processes get None: a large result is better broadcast in parts.
     """
     output = error = None
     if accelerator.is_main_process:
@@ -234,10 +235,10 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], object]) -> obj
             output = function()
         except UserError as raised:
             error = str(raised)
-    output, error = broadcast_object_list([output, error])
+    shared, error = broadcast_object_list([output if share else None, error])
     if error is not None:
         raise UserError(error)
-    return output
+    return shared if share else output
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -1,6 +1,7 @@
 """One training run from photos to a saved and evaluated model: `train` has the loop over the epochs."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from hotdog_hf.training.state import Progress
 def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal) -> Path | None:
     """Load photos and model, train, evaluate, save; return the run's folder, or None if it was stopped."""
     started, job = time.perf_counter(), build(config, accelerator)
+    job.state.started = started
     with contextlib.ExitStack() as stack:
         run_dir = open_run(job, stack)
         if job.state.progress.epoch == 0:
@@ -50,7 +52,7 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal
             epoch, how = min(job.state.progress.epoch, config.optim.epochs), resume_command(run_dir)
             accelerator.print(f"stopped in epoch {epoch}; resume with: {how}")
             return None
-        finish(job, run_dir, evaluation, started)
+        finish(job, run_dir, evaluation)
     return run_dir
 
 
@@ -91,7 +93,7 @@ def open_run(job: Job, stack: contextlib.ExitStack) -> Path:
     run_dir = launch.run_on_main(accelerator, open_folder)
     launch.start_tracker(accelerator, run_dir, flatten(identity["config"]))
     if found:
-        content = launch.run_on_main(accelerator, lambda: checkpoint.read(found))
+        content = launch.run_on_main(accelerator, lambda: checkpoint.read(found), share=False)
         checkpoint.load(content, accelerator, job.state)
         progress = job.state.progress
         accelerator.print(f"resumed from {found}: epoch {progress.epoch}, step {progress.step}")
@@ -191,20 +193,23 @@ def evaluate_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal)
 def evaluate_saved(job: Job, run_dir: Path, stop: launch.StopSignal) -> Evaluation:
     """Evaluate the saved model on the test split for the card, in float32 like every loader of the model."""
     accelerator, loader = job.accelerator, job.eval_loaders["saved"]
-    kept = launch.run_on_main(accelerator, lambda: saved.load_model(run_dir / "model").state_dict())
-    sharding.load_state(job.net, kept)
+    kept = launch.run_on_main(
+        accelerator, lambda: saved.load_model(run_dir / "model").state_dict(), share=False
+    )
+    own = job.net.state_dict()
+    for name, value in sharding.broadcast_each(accelerator, kept or {}):
+        sharding.copy_into(own[name], value)
     of_features = isinstance(loader.dataset, FeatureDataset)
     network = job.net.get_classifier() if of_features else job.net
     network = accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # prepared, it brings autocast along
     return evaluate(job, run_dir, network, loader, stop, float32=True)
 
 
-def finish(job: Job, run_dir: Path, evaluation: Evaluation, started: float) -> None:
+def finish(job: Job, run_dir: Path, evaluation: Evaluation) -> None:
     """Write the final metrics, the predictions and the model card, and print where they are."""
     config, accelerator = job.config, job.accelerator
-    final = records.final_row(
-        job.state.progress.rows, evaluation.scores, seconds=time.perf_counter() - started
-    )
+    seconds = time.perf_counter() - job.state.started
+    final = records.final_row(job.state.progress.rows, evaluation.scores, seconds)
     if accelerator.is_main_process:
         with files.writing_to(run_dir):
             records.write_metrics(run_dir, [*job.state.progress.rows, final])
@@ -272,9 +277,12 @@ def add_progress_to_errors(job: Job, run_dir: Path) -> Iterator[None]:
         yield
     except UserError as error:
         if isinstance(error, images.UnreadableImageError) and job.accelerator.num_processes == 1:
-            save_checkpoint(job, run_dir)
-        progress = job.state.progress
+            with contextlib.suppress(UserError):  # the photo is the error to tell
+                save_checkpoint(job, run_dir)
+        progress, before = job.state.progress, math.inf
+        if isinstance(error, engine.NonFiniteLossError):
+            before = progress.total_steps - error.steps_since
         epoch = min(progress.epoch, job.config.optim.epochs)
         where = f"epoch {epoch}, after {progress.total_steps} steps"
-        last = checkpoint.latest(run_dir) or "none"
+        last = checkpoint.latest(run_dir, before) or "none"
         raise UserError(f"{where}: {message_of(error)}. Last good checkpoint: {last}") from error

@@ -5,12 +5,18 @@ by layer as it computes. Saved files are not sharded: tensors are gathered and s
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast, fsdp2_prepare_model
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast,
+    broadcast_object_list,
+    fsdp2_prepare_model,
+)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -113,10 +119,29 @@ def shard_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def load_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load a full state dict into a module, sharded or not; must be called by every process."""
-    own = module.state_dict()
-    module.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()})
+@torch.no_grad()
+def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a whole tensor, or this process's piece of it, to where a module holds it."""
+    if value.shape != target.shape:
+        raise ValueError(f"a tensor of shape {tuple(value.shape)} does not fit {tuple(target.shape)}")
+    target.copy_(shard_like(value, target))
+
+
+def broadcast_each(
+    accelerator: Accelerator, tensors: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the first process's named tensors on every process, one at a time.
+
+    Must be called by every process; what others than the first give is ignored.
+    """
+    if accelerator.num_processes == 1:
+        yield from tensors.items()
+        return
+    layout = [(name, value.shape, value.dtype) for name, value in tensors.items()]
+    [layout] = broadcast_object_list([layout])
+    for name, shape, dtype in layout:
+        value = tensors[name] if accelerator.is_main_process else torch.empty(shape, dtype=dtype)
+        yield name, broadcast(value.to(accelerator.device))
 
 
 def local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

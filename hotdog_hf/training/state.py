@@ -1,5 +1,7 @@
 """The state of a training run, as a checkpoint holds it."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +21,8 @@ class Progress:
     learning_rate: float = 0.0
     seconds: float = 0.0
     waited: float = 0.0
+    # The seconds that all starts of the run have taken, each up to its last checkpoint.
+    run_seconds: float = 0.0
     # Each process's sums over its photos in this epoch: loss, correct predictions, photos.
     totals: list[list[float]] = field(default_factory=list)
     # One row of metrics per finished epoch, and the `metrics.quality` of the best of them.
@@ -39,3 +43,7 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     # Sums over this process's photos in the epoch [3]: loss, correct predictions, photos.
     totals: torch.Tensor = field(default_factory=lambda: torch.zeros(3))
+    # When the run would have started if it had never been interrupted, by `time.perf_counter`.
+    started: float = field(default_factory=time.perf_counter)
+    # Set by the loop over steps: raises if the last step's loss is not finite, or if told what else is not.
+    check_finite: Callable[..., None] | None = None
