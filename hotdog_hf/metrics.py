@@ -18,6 +18,8 @@ CARD_METRICS = {
     "average_precision": "Average precision",
 }
 
+# Of more classes than these a page names the most frequent confusions, in place of a table of all of them.
+MAX_TABLE_CLASSES = 30
 # Entries of the largest table that areas are computed from, 8 bytes each.
 AREA_TABLE = 4_000_000
 
@@ -82,6 +84,15 @@ def quality(scores: dict, start: dict | None = None) -> list[float]:
     fitted head, ranks below it.
     """
     return [float(start is None or scores["accuracy"] >= start["accuracy"]), -scores["loss"]]
+
+
+def most_confused(confusion_matrix: Sequence[Sequence[int]], count: int) -> list[tuple[int, int, int]]:
+    """Return the most frequent mistakes as (true class, predicted class, photos), most frequent first."""
+    mistakes = np.array(confusion_matrix)
+    np.fill_diagonal(mistakes, 0)
+    order = np.argsort(-mistakes, axis=None, kind="stable")[:count]
+    pairs = zip(*np.unravel_index(order, mistakes.shape), strict=True)
+    return [(int(i), int(j), int(mistakes[i, j])) for i, j in pairs if mistakes[i, j]]
 
 
 def log_loss(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -8,7 +8,9 @@ import pytest
 from sklearn import metrics as sk
 
 from hotdog_hf import machine, metrics
-from hotdog_hf.metrics import ClassificationReport, class_scores, quality
+from hotdog_hf.config import TrainConfig, to_dict
+from hotdog_hf.metrics import ClassificationReport, class_scores, most_confused, quality
+from hotdog_hf.training.card import CardFacts, write_card
 
 
 def random_case(classes, count=101):
@@ -119,6 +121,33 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(OSError):
         machine.cache_dir().mkdir(parents=True, exist_ok=True)
+
+
+def test_the_most_frequent_confusions_come_first():
+    assert most_confused([[9, 1, 0], [4, 0, 2], [0, 0, 7]], 2) == [(1, 0, 4), (1, 2, 2)]
+    assert most_confused([[9, 0], [0, 3]], 5) == []
+
+
+def test_the_card_of_many_classes_stays_short(tmp_path):
+    names, right = [f"class {index}" for index in range(1000)], 20 * np.eye(1000, dtype=int)
+    right[7, 7:9] = 17, 3
+    scores = {"test_accuracy": 0.9, "test_confusion_matrix": right.tolist()}
+    (tmp_path / "model").mkdir()
+    facts = CardFacts(
+        name="many",
+        config=to_dict(TrainConfig()),
+        counts={split: dict.fromkeys(names, 20) for split in ("train", "test")},
+        scores=scores,
+        positive_label=None,
+        source="timm/resnet18",
+        data_config={"input_size": (3, 9, 9), "interpolation": "", "crop_mode": "", "crop_pct": 1.0},
+        hardware="",
+        versions="",
+        license="apache-2.0",
+    )
+    text = write_card(tmp_path, facts).read_text()
+    assert "| **class 7** | class 8 | 3 |" in text and "| train | 20000 |" in text
+    assert "(3 times) it took class 7 for class 8" in text and len(text) < 10_000
 
 
 def test_batches_add_up():

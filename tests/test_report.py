@@ -161,7 +161,9 @@ def test_intervals_narrow_with_more_photos_and_repeat():
 @pytest.mark.parametrize(("classes", "photos"), [(40, 1), (100, 2)])
 def test_many_classes_of_few_photos_each_have_intervals(tmp_path, classes, photos):
     names = [f"class {index}" for index in range(classes)]
-    write(tmp_path / "report", names, count=classes * photos)
+    page = write(tmp_path / "report", names, count=classes * photos)
+    assert "The most frequent mistakes" in page.words and f"({classes} classes)" in page.words
+    assert "Photos by true class" not in page.words
     values = json.loads((tmp_path / "report/metrics.json").read_text())["values"]
     for name in ("macro_precision", "macro_recall", "macro_roc_auc", "macro_average_precision"):
         # No resample has photos of all classes: those that are missing do not count.

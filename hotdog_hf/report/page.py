@@ -18,7 +18,7 @@ import hotdog_hf
 from hotdog_hf import templates
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.files import replacing_folder, writing_to
-from hotdog_hf.metrics import CARD_METRICS
+from hotdog_hf.metrics import CARD_METRICS, MAX_TABLE_CLASSES, most_confused
 from hotdog_hf.report.scores import CALIBRATION_BINS, RESAMPLES, confidence_bins, normalise_rows
 from hotdog_hf.training.records import write_predictions
 
@@ -122,6 +122,8 @@ def _page(
         headline=[f"{'' if positive else 'macro_'}{name}" for name in ("f1", "roc_auc")],
         plots=_plots(probabilities, labels, shown, positive and summary["label_names"].index(positive)),
         shown=shown,
+        max_table=MAX_TABLE_CLASSES,
+        confused=most_confused(summary["confusion_matrix"], MAX_TABLE_CLASSES),
         pictures=pictures,
         knobs=knobs,
         command=printable(command),

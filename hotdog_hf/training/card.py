@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 
 from hotdog_hf.files import write_text
-from hotdog_hf.metrics import CARD_METRICS
+from hotdog_hf.metrics import CARD_METRICS, MAX_TABLE_CLASSES, most_confused
 from hotdog_hf.model.licenses import card_license, license_warning
 
 
@@ -102,7 +102,8 @@ def _eval_results(scores: dict, positive_label: str | None, data_dir: str, test_
 
 
 def _summary(label_names: list[str], counts: dict, scores: dict, source: str) -> str:
-    classes = ", ".join(f"**{_text(name)}**" for name in label_names)
+    classes = ", ".join(f"**{_text(name)}**" for name in label_names[:MAX_TABLE_CLASSES])
+    classes += ", ..." if label_names[MAX_TABLE_CLASSES:] else ""
     return (
         f"An image classifier for {len(label_names)} classes: {classes}. Trained with hotdog_hf on"
         f" {sum(counts['train'].values())} photos, starting from {_text(source)};"
@@ -160,17 +161,24 @@ def _results(label_names: list[str], scores: dict, positive_label: str | None, t
         for key, label in CARD_METRICS.items()
         if f"test_macro_{key}" in scores
     ]
-    heads = " | ".join(_text(name) for name in label_names)
-    confusion = [
-        f"| **{_text(name)}** | {' | '.join(map(str, row))} |"
-        for name, row in zip(label_names, scores["test_confusion_matrix"], strict=True)
-    ]
+    if len(label_names) > MAX_TABLE_CLASSES:
+        confusion = ["\n| true class | predicted as | photos |\n| --- | --- | --- |"]
+        confusion += [
+            f"| **{_text(label_names[i])}** | {_text(label_names[j])} | {count} |"
+            for i, j, count in most_confused(scores["test_confusion_matrix"], MAX_TABLE_CLASSES)
+        ]
+    else:
+        heads = " | ".join(_text(name) for name in label_names)
+        confusion = [f"\n| true class, predicted as | {heads} |\n| --- |{' --- |' * len(label_names)}"]
+        confusion += [
+            f"| **{_text(name)}** | {' | '.join(map(str, row))} |"
+            for name, row in zip(label_names, scores["test_confusion_matrix"], strict=True)
+        ]
     return "\n".join(
         [
             f"## Results\n\nOn the test split ({sum(test_counts.values())} photos), which chose nothing:\n",
             "| metric | value |\n| --- | --- |",
             *rows,
-            f"\n| true class, predicted as | {heads} |\n| --- |{' --- |' * len(label_names)}",
             *confusion,
         ]
     )
@@ -179,14 +187,12 @@ def _results(label_names: list[str], scores: dict, positive_label: str | None, t
 def _training(facts: CardFacts) -> str:
     config, counts = facts.config, facts.counts
     label_names = list(counts["train"])
-    table = [
-        f"| split | {' | '.join(_text(name) for name in label_names)} |",
-        f"| --- |{' --- |' * len(label_names)}",
-    ]
-    table += [
-        f"| {split} | {' | '.join(str(by_class[name]) for name in label_names)} |"
-        for split, by_class in counts.items()
-    ]
+    by_class = {split: {_text(name): count for name, count in own.items()} for split, own in counts.items()}
+    if len(label_names) > MAX_TABLE_CLASSES:
+        by_class = {split: {"all classes": sum(own.values())} for split, own in counts.items()}
+    columns = list(by_class["train"])
+    table = [f"| split | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
+    table += [f"| {split} | {' | '.join(map(str, own.values()))} |" for split, own in by_class.items()]
     knobs = ", ".join(f"{name} {value}" for name, value in config["optim"].items())
     return "\n".join(
         [
@@ -201,13 +207,10 @@ def _training(facts: CardFacts) -> str:
 def _limits(label_names: list[str], counts: dict, scores: dict) -> str:
     matrix, total = scores["test_confusion_matrix"], sum(counts["test"].values())
     wrong = total - sum(row[index] for index, row in enumerate(matrix))
-    worst, confused = max(
-        ((i, j) for i in range(len(matrix)) for j in range(len(matrix)) if i != j),
-        key=lambda ij: matrix[ij[0]][ij[1]],
-    )
+    worst, confused, times = next(iter(most_confused(matrix, 1)), (0, 0, 0))
     error = (scores["test_accuracy"] * (1 - scores["test_accuracy"]) / total) ** 0.5
     mistakes = (
-        f"It was wrong on {wrong} of {total} test photos; most often ({matrix[worst][confused]} times) it"
+        f"It was wrong on {wrong} of {total} test photos; most often ({times} times) it"
         f" took {_text(label_names[worst])} for {_text(label_names[confused])}."
         if wrong
         else f"It made no mistake on {total} test photos, which does not mean that it never will."

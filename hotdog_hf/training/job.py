@@ -20,7 +20,7 @@ from hotdog_hf.metrics import ClassificationReport
 from hotdog_hf.model import heads, network
 from hotdog_hf.model.licenses import choose_license, describe_license
 from hotdog_hf.model.source import load_source, source_data_config
-from hotdog_hf.training import engine, launch, optim
+from hotdog_hf.training import engine, launch, optim, sharding
 from hotdog_hf.training.features import FeatureExtractor
 from hotdog_hf.training.state import Progress, TrainState
 
@@ -140,7 +140,10 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
     split_features = {split: extractor.split(split, seed) for split in feature_splits}
     if fitted:
         views = extractor.crops("train", config.model.probe_views, config.data.min_crop_area, seed)
-        heads.fit_head(net, head_init, split_features["train"], views, source_head, source_classes)
+        # One process computes, as its copies of the features in float64 are several times as large.
+        fit = functools.partial(heads.fit_head, net, head_init, split_features["train"], views)
+        launch.run_on_main(accelerator, functools.partial(fit, source_head, source_classes))
+        sharding.broadcast_state(net.get_classifier())
     trainable = net.get_classifier() if config.model.cache_features else net
     license = choose_license(config.hub.license, source_license)
     return BuiltModel(net, data_config, license, split_features, trainable)
