@@ -177,7 +177,7 @@ def test_a_process_is_timed_by_what_it_writes(tmp_path):
 
 def test_a_process_that_fails_says_why(tmp_path):
     code = "import sys; sys.exit('error: no such thing')"
-    with pytest.raises(MeasurementError, match="ended with 1: error: no such thing"):
+    with pytest.raises(MeasurementError, match="exited with 1: error: no such thing"):
         python(code, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmark's numbers say: medians, ratios pair by pair, targets met or not, a page and pictures."""
+"""The benchmark's report: medians, ratios per round, targets met or not, a page and pictures."""
 
 import dataclasses
 import datetime
@@ -11,26 +11,26 @@ import numpy as np
 from hotdog_hf import templates
 from hotdog_hf.files import write_text
 
-# How each section's `value` reads: what it is, and its unit.
+# Title of each section, and the unit of its `value`.
 TITLES = {
     "training": ("Training, whole epochs", "photos/s"),
     "accuracy": ("Seconds to the chapter's accuracy", "s"),
-    "frozen": ("An epoch after the first, the body frozen", "s"),
+    "frozen": ("An epoch after the first, with a frozen body", "s"),
     "prediction": ("Prediction on a folder", "photos/s"),
-    "memory": ("Peak memory against the size of the data set", "MiB"),
+    "memory": ("Peak memory by size of the data set", "MiB"),
     "processes": ("Processes on one machine", "photos/s"),
     "startup": ("Start-up", "s"),
     "profile": ("Where the time goes", "s"),
-    "exact": ("The same numbers whatever the loading", ""),
+    "exact": ("The same results with every way of loading", ""),
 }
-# With more than this, other work ran beside the benchmark when it started.
+# Above this, other work was running when the benchmark started.
 QUIET_LOAD = 0.5
 ACTIVITIES = ("decode", "augment", "forward", "backward", "step", "evaluation", "waiting", "other")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with the least and the greatest value, of so many."""
+    """A median with the minimum, the maximum and the number of values."""
 
     median: float
     low: float
@@ -45,17 +45,17 @@ class Spread:
 
 
 def spread(values: list[float]) -> Spread | None:
-    """Return the spread of some values, or None of none."""
+    """Return the spread of some values, or None without values."""
     if not values:
         return None
     return Spread(float(np.median(values)), min(values), max(values), len(values))
 
 
 class Measured:
-    """The numbers of results.json by section, variant and round."""
+    """The measurements of results.json by section, variant and round."""
 
     def __init__(self, rows: list[dict]) -> None:
-        """Sort the rows in; those of failed measurements are kept apart."""
+        """Sorts the rows; those of failed measurements are kept separately."""
         self.failures = [row for row in rows if "error" in row]
         self.by: dict[str, dict[str, dict[int, dict]]] = {}
         for row in rows:
@@ -64,7 +64,7 @@ class Measured:
                 variants[row["round"]] = row
 
     def variants(self, section: str) -> list[str]:
-        """Return the names of what a section compares, those without any result left out."""
+        """Return the names of a section's variants that have a result."""
         return [name for name, rounds in self.by.get(section, {}).items() if rounds]
 
     def values(self, section: str, variant: str) -> dict[int, float]:
@@ -84,15 +84,15 @@ class Measured:
         return spread([ones[number] / others[number] for number in ones if number in others])
 
     def rows(self, section: str, variant: str) -> list[dict]:
-        """Return all that was measured of a variant, a dict a round."""
+        """Return all measurements of a variant, one dict per round."""
         return list(self.by.get(section, {}).get(variant, {}).values())
 
 
 def _seconds_to_accuracy(variants: dict[str, dict[int, dict]], variant: str) -> dict[int, float]:
-    """Return by round the seconds until a recipe was as accurate as the chapter's is in the end.
+    """Return by round the seconds until a recipe reached the final accuracy of the chapter's.
 
-    That is the mean over the rounds, for one seed's may be far from it. The chapter's own seconds are those
-    to its end, for who waits for its accuracy cannot know that a seed has it earlier.
+    That is the mean over the rounds, as a single seed may be far from it. The chapter's own seconds are those
+    to its end, as nobody can know that a seed reaches its mean accuracy earlier.
     """
     rounds = variants.get(variant, {})
     if variant == "chapter":
@@ -106,38 +106,38 @@ def _seconds_to_accuracy(variants: dict[str, dict[int, dict]], variant: str) -> 
 
 
 def chapter_accuracy(variants: dict[str, dict[int, dict]]) -> float | None:
-    """Return the mean of what the chapter's recipe ended with, or None where it was not measured."""
+    """Return the mean final accuracy of the chapter's recipe, or None if it was not measured."""
     ends = [row["test_accuracy"] for row in variants.get("chapter", {}).values()]
     return float(np.mean(ends)) if ends else None
 
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio or a number, and what it was to be."""
+    """A measured ratio or value, and its target."""
 
     text: str
     found: Spread
     bound: float
     at_least: bool
-    # Rounds that were measured: where it was not reached in one of them, the target is missed.
+    # Rounds that were measured: if one of them has no value, the target is missed.
     rounds: int = 0
 
     @property
     def met(self) -> bool:
-        """Tell whether the median is on the right side."""
+        """Return whether the median meets the target."""
         if self.found.count < self.rounds:
             return False
         return self.found.median >= self.bound if self.at_least else self.found.median <= self.bound
 
 
 def targets(measured: Measured) -> list[Target]:
-    """Return the targets of which everything was measured."""
+    """Return the targets for which everything was measured."""
     found: list[tuple] = []
 
     def ratio(text: str, section: str, one: str, other: str, bound: float, at_least: bool = True) -> None:
         found.append((text, measured.ratio(section, one, other), bound, at_least))
 
-    # On a GPU ours computes in bf16 where it can, which the plain loop does not.
+    # On a GPU ours uses bf16 if it can, unlike the plain loop.
     ours = "ours, float32" if "ours, float32" in measured.variants("training") else "ours"
     for plain in dict.fromkeys(["plain loop", fastest(measured, "training", "plain loop")]):
         ratio(f"training, whole job: {ours} / {plain}", "training", ours, plain, 1.3)
@@ -181,7 +181,7 @@ EXACT_PAIRS = {"chapter": "0 or 2 loader processes", "frozen": "features cached 
 
 
 def fastest(measured: Measured, section: str, prefix: str) -> str | None:
-    """Return the variant of that beginning with the most photos a second."""
+    """Return the variant with that prefix with the most photos per second."""
     names = [name for name in measured.variants(section) if name.startswith(prefix)]
     return max(names, key=lambda name: measured.spread(section, name).median, default=None)
 
@@ -201,7 +201,7 @@ def greatest_difference(measured: Measured, kind: str) -> float | None:
 
 
 def digits(value: float) -> str:
-    """Write a number with three digits that count."""
+    """Format a number with three significant digits."""
     if value == 0 or 0.001 <= abs(value) < 1000:
         return f"{value:#.3g}".rstrip(".")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1e}"
@@ -234,7 +234,7 @@ def _median_text(rows: list[dict], key: str) -> str:
 
 
 def baseline_of(measured: Measured, section: str) -> str | None:
-    """Return what the others of a section are compared with."""
+    """Return the variant that the others of a section are compared with."""
     names = {
         "training": "plain loop",
         "accuracy": "chapter",
@@ -247,7 +247,7 @@ def baseline_of(measured: Measured, section: str) -> str | None:
 
 
 def activities(measured: Measured) -> dict[str, float]:
-    """Return the median seconds of an epoch by what the main thread did."""
+    """Return the median seconds of an epoch by activity of the main thread."""
     rows = measured.rows("profile", "an epoch")
     return {
         name: float(np.median([row["seconds_by"].get(name, 0.0) for row in rows]))
@@ -257,7 +257,7 @@ def activities(measured: Measured) -> dict[str, float]:
 
 
 def agreement(measured: Measured) -> dict[str, str]:
-    """Return for each way of predicting on how many photos it says what ours says."""
+    """Return for each predictor on how many photos its label equals ours."""
     ours = measured.rows("prediction", "ours, torch")
     said = {}
     for name in measured.variants("prediction"):
@@ -322,7 +322,7 @@ def draw(folder: Path, measured: Measured, section: str) -> str:
     """Draw a section's picture into the folder; return its name."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no window, also where a display exists
+    matplotlib.use("Agg")  # no window, even if there is a display
     from matplotlib import pyplot as plt
 
     name = f"{section}.png"
@@ -334,7 +334,7 @@ def draw(folder: Path, measured: Measured, section: str) -> str:
     else:
         variants = [name for name in measured.variants(section) if measured.spread(section, name)]
         figure, axes = plt.subplots(figsize=(8, 0.9 + 0.34 * len(variants)), layout="constrained")
-        # Beside a hundredfold the others' bars would vanish; on a logarithmic axis bars have no beginning.
+        # Ratios of a hundred need a logarithmic axis, on which bars would have no origin.
         logarithmic = section in ("accuracy", "frozen")
         _spreads(axes, variants, [measured.spread(section, name) for name in variants], logarithmic)
     axes.set_title(title, loc="left", fontsize=11)
@@ -345,7 +345,7 @@ def draw(folder: Path, measured: Measured, section: str) -> str:
 
 
 def _spreads(axes: object, names: list[str], spreads: list[Spread], logarithmic: bool) -> None:
-    """Draw a bar (or a dot) a variant, with its least and greatest value, the first on top."""
+    """Draw one bar (or dot) per variant, with its minimum and maximum, the first at the top."""
     medians = np.array([found.median for found in spreads])
     reach = np.array([[found.median - found.low, found.high - found.median] for found in spreads]).T
     colours = ["tab:orange" if name.startswith(("ours", "probe", "best")) else "tab:blue" for name in names]

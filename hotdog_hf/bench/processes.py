@@ -1,6 +1,6 @@
-"""Measured processes: started, watched, timed, ended.
+"""Measured processes: start, watch, time, end.
 
-No torch here: the process that waits must cost nothing, neither time nor memory.
+Imports no torch: the waiting process must take neither time nor memory.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from hotdog_hf.machine import cache_dir
 
 POLL_SECONDS = 0.02
-# What every measured process gets: its lines come when they are written, and no look at the Hub takes time.
+# Environment of every measured process: unbuffered output, and no time spent on the Hub.
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -26,12 +26,12 @@ ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 
 class MeasurementError(Exception):
-    """A measured process failed; the message has its last words."""
+    """A measured process failed; the message has its last line of output."""
 
 
 @dataclass(frozen=True)
 class FinishedProcess:
-    """A process that has ended: when it started, its seconds, and the rows that it wrote with their times."""
+    """A process that has exited: its start, its seconds, and the rows that it wrote with their times."""
 
     command: str
     started_at: float
@@ -48,10 +48,10 @@ def run_process(
     until: Callable[[], bool] | None = None,
     env: dict[str, str] | None = None,
 ) -> FinishedProcess:
-    """Run a command to its end, and measure it; `folder` takes its output.
+    """Run a command to its end and measure it; its output goes to `folder`.
 
-    `watched` is a file of JSON lines that it writes (None: its output); each line is noted with its time.
-    Where `until` turns true the time is noted, and the process told to stop.
+    `rows_file` is a file of JSON lines that it writes (None: its output); each line is kept with its time.
+    When `until` becomes true, the time is kept and the process is terminated.
     """
     out, errors = folder / "output.txt", folder / "errors.txt"
     command = shlex.join(["python" if word == sys.executable else word for word in words])
@@ -64,7 +64,7 @@ def run_process(
             stdout=out_file,
             stderr=error_file,
             env=os.environ | ENVIRONMENT | (env or {}),
-            start_new_session=True,  # so that it can be ended with all that it starts
+            start_new_session=True,  # so that it can be killed with all its children
         )
         try:
             while True:
@@ -73,7 +73,7 @@ def run_process(
                 rows += [(seconds, row) for row in _json_lines(rows_file or out)[len(rows) :]]
                 if until and until_seconds is None and until():
                     until_seconds = seconds
-                    process.terminate()  # of one that has ended it does nothing
+                    process.terminate()  # does nothing if it has exited
                 if code is not None:
                     break
                 time.sleep(POLL_SECONDS)
@@ -83,9 +83,9 @@ def run_process(
             raise
     text = errors.read_text(encoding="utf-8", errors="replace")
     if until_seconds is None and (code or until):
-        said = [line for line in text.splitlines() if line.strip()] or ["nothing said"]
+        said = [line for line in text.splitlines() if line.strip()] or ["no output"]
         lines = [line for line in said if line.startswith("error")] or said
-        raise MeasurementError(f"`{command}` ended with {code}: {lines[-1]}")
+        raise MeasurementError(f"`{command}` exited with {code}: {lines[-1]}")
     return FinishedProcess(
         command=command,
         started_at=started_at,
@@ -96,7 +96,7 @@ def run_process(
 
 
 def fresh_cache(folder: Path) -> dict[str, str]:
-    """Return the environment of a process that finds none of hotdog_hf's caches, but the libraries' own."""
+    """Return the environment of a process without hotdog_hf's caches, but with those of the libraries."""
     before = cache_dir().parent
     hub = os.environ.get("HF_HOME") or str(before / "huggingface")
     fonts = os.environ.get("MPLCONFIGDIR") or str(before / "matplotlib")
@@ -104,7 +104,7 @@ def fresh_cache(folder: Path) -> dict[str, str]:
 
 
 def _json_lines(file: Path) -> list[dict]:
-    """Return the finished lines of a file that are JSON objects."""
+    """Return the complete lines of a file that are JSON objects."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""The benchmark's measurements: interleaved, repeated, written after each one."""
+"""The benchmark's measurements: interleaved, repeated, saved after each one."""
 
 import contextlib
 import datetime
@@ -22,10 +22,10 @@ from hotdog_hf.files import write_json
 
 
 class Results:
-    """Every number measured so far, in a file that is whole after each of them."""
+    """All results so far, in a file that is written atomically after each one."""
 
     def __init__(self, file: Path, facts: dict, sections: list[str]) -> None:
-        """Start the `sections` anew; others stay, where the file is of the same `facts`."""
+        """Starts the `sections` again; others are kept if the file has the same `facts`."""
         self.file, self.content = file, {"facts": json.loads(json.dumps(facts)), "measurements": []}
         with contextlib.suppress(OSError, ValueError, KeyError):
             before = json.loads(file.read_text(encoding="utf-8"))
@@ -35,7 +35,7 @@ class Results:
         write_json(self.file, self.content)
 
     def add(self, variant: Variant, number: int, by: dict, numbers: dict) -> None:
-        """Keep the numbers of one measurement, and by what it was made."""
+        """Save the results of one measurement, and its origin."""
         row = {"section": variant.section, "variant": variant.name, "round": number, **by, **numbers}
         self.content["measurements"].append(row)
         write_json(self.file, self.content)
@@ -52,7 +52,7 @@ def plan(setup: Setup, sections: list[str], repeats: int) -> dict[str, list[tupl
 
 
 def measure(setup: Setup, variant: Variant, number: int) -> dict:
-    """Measure once, in a folder that is removed; an `error` stands for the numbers where it failed."""
+    """Measure once, in a temporary folder; return its results, or an `error` if it failed."""
     name = re.sub(r"\W+", "-", f"{variant.section}-{variant.name}-{number}")
     folder = setup.work / name
     folder.mkdir()
@@ -62,19 +62,19 @@ def measure(setup: Setup, variant: Variant, number: int) -> dict:
         return {"error": message_of(UserError(str(error)))}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        # Caches of the recipes are used again in the same round, by the variants that find them.
+        # Caches of the recipes stay, for the variants of the same round that use them.
         shutil.rmtree(setup.work / "cache" / name, ignore_errors=True)
 
 
 def measure_load() -> float:
     """Return the load average, with a warning if other work runs on this machine."""
     if (load := os.getloadavg()[0]) > QUIET_LOAD:
-        print(f"warning: the load average is {load:.2f}: other work on this machine spoils the numbers")
+        print(f"warning: the load average is {load:.2f}: other work on this machine distorts the results")
     return load
 
 
 def facts_of(setup: Setup, machine: dict, knobs: dict) -> dict:
-    """Return what results must share to stand in one table: knobs, machine, photos, size."""
+    """Return what results in one table must have in common: knobs, machine, photos, size."""
     photos = {"train": setup.train, "test": setup.test}
     return knobs | {"machine": machine, **photos, "image_size": setup.image_size}
 
@@ -84,7 +84,7 @@ def measure_all(
 ) -> tuple[list[str], bool]:
     """Measure the sections in turns, and write the page after each one; Ctrl-C ends it.
 
-    Returns a line for every measurement that failed, and whether it was interrupted.
+    Returns one line per failed measurement, and whether it was interrupted.
     """
     folder, failed = results.file.parent, []
     origin = {"by": shlex.join(["python", *sys.argv]), "commit": commit_of(setup.root), "load": load}

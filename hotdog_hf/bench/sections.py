@@ -1,4 +1,4 @@
-"""What each section of the benchmark compares."""
+"""The sections of the benchmark, and what each compares."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ from hotdog_hf.config import RECIPES
 
 OUR_FROZEN_EPOCHS, PLAIN_FROZEN_EPOCHS = 11, 2
 MEMORY_COPIES = (1, 10, 100)
-# Small, so that the network's own memory does not hide what grows.
+# Small, so that the network's own memory does not hide the growth.
 MEMORY_STEPS, MEMORY_BATCH = 3, 16
 PIPELINE_BATCHES = (1, 8, 32)
 OUR_PREDICT_BATCH = 32
@@ -21,23 +21,23 @@ OUR_PREDICT_BATCH = 32
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the things that a section compares: `measure(folder, round)` returns its numbers."""
+    """One candidate of a section: `measure(folder, round)` returns its results."""
 
     section: str
     name: str
     measure: Callable[[Path, int], dict]
-    # Measured once: its answer is no time.
+    # Measured once: the result is not a time.
     once: bool = False
 
 
-# Sections: what each compares. Every function returns the variants in the order in which they take turns.
+# Sections. Every function returns the variants in the order in which they take turns.
 
 
 def _trained(finished: FinishedProcess, run_dir: Path, setup: Setup) -> dict:
-    """Return the speed of a run of scripts/train.py: from its first step until its last epoch is judged.
+    """Return the speed of a run of scripts/train.py: from its first step until its last epoch is evaluated.
 
-    The photos of `samples.png` are drawn last before the first step. Between the epochs the run saves its
-    state and draws its curves, which is counted.
+    `samples.png` is drawn last before the first step. Between epochs the run saves its state and draws its
+    curves, which is included.
     """
     start = (run_dir / "samples.png").stat().st_mtime - finished.started_at
     ends = [seconds for seconds, row in finished.rows if row.get("epoch")]
@@ -159,7 +159,7 @@ def accuracy(setup: Setup) -> list[Variant]:
 
 
 def frozen(setup: Setup) -> list[Variant]:
-    """Seconds of an epoch after the first where the body is frozen: with cached features, and plainly."""
+    """Seconds per epoch after the first with a frozen body: with cached features, and in a plain loop."""
 
     def ours(folder: Path, seed: int) -> dict:
         finished = _ours(setup, folder, "frozen", "--epochs", OUR_FROZEN_EPOCHS, "--seed", seed)
@@ -180,7 +180,7 @@ def frozen(setup: Setup) -> list[Variant]:
 
 
 def prediction(setup: Setup) -> list[Variant]:
-    """Photos per second of predictions on the test folder, the model being loaded."""
+    """Photos per second of predictions on the test folder, after the model is loaded."""
 
     def predict(
         how: str, model_file: Path, batch_size: int, precision: str = "no"
@@ -217,9 +217,9 @@ def prediction(setup: Setup) -> list[Variant]:
 
 
 def memory(setup: Setup) -> list[Variant]:
-    """Peak memory of listing a data folder, some training steps and evaluation, as the folder grows."""
+    """Peak memory of listing a data folder, some training steps and evaluation, for growing folders."""
 
-    # The same full batches whatever the size, so that the number of photos alone differs.
+    # The same full batches for every size, so that only the number of photos differs.
     batch_size = min(setup.step_size, setup.train, MEMORY_BATCH)
     steps = max(min(MEMORY_STEPS, setup.train // batch_size), 1)
 
@@ -251,7 +251,7 @@ def processes(setup: Setup) -> list[Variant]:
         def measure(folder: Path, seed: int) -> dict:
             file = setup.root / "configs" / ("multi_gpu.yaml" if setup.gpus else "cpu.yaml")
             launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
-            if number == 1 and setup.gpus:  # the launcher's several GPUs are two or more
+            if number == 1 and setup.gpus:  # multi_gpu.yaml needs two or more GPUs
                 launcher[-1] = setup.root / "configs/one_gpu.yaml"
             launcher += ["--num_processes", number]
             flags = ("--epochs", 1, "--seed", seed, "--num-threads", max(setup.threads // number, 1))
@@ -264,7 +264,7 @@ def processes(setup: Setup) -> list[Variant]:
 
 
 def startup(setup: Setup) -> list[Variant]:
-    """Seconds until a script answers: --help of each, the first step of training, the first prediction."""
+    """Seconds until a script responds: --help of each, the first training step, the first prediction."""
 
     def helped(name: str) -> Callable[[Path, int], dict]:
         def measure(folder: Path, _round: int) -> dict:

@@ -1,4 +1,4 @@
-"""What the benchmark measures with: photos, weights, a saved model, and a description of the machine."""
+"""The setup of the benchmark: photos, weights, a saved model, and a description of the machine."""
 
 import contextlib
 import os
@@ -21,9 +21,9 @@ VERSIONS = "torch torchvision timm accelerate datasets transformers onnxruntime 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all measurements share."""
+    """What all measurements have in common."""
 
-    # The repository, the folder of what is made for the benchmark, and the photos of each split in it.
+    # The repository, the working folder, the photos in it, and their number per split.
     root: Path
     work: Path
     photos: Path
@@ -34,23 +34,23 @@ class Setup:
     model: str
     weights: Path
     image_size: int
-    # A model trained from it, as a folder and, where it could be exported, as an ONNX file.
+    # A model trained from it, as a folder and, if it could be exported, as an ONNX file.
     saved_model: Path
     onnx: Path | None
-    # Photos a step where it is not the recipe's own, and epochs of the training section.
+    # Photos per step, if not the recipe's own, and epochs of the training section.
     batch_size: int | None
     epochs: int
     recipes: tuple[str, ...]
-    # Threads on a CPU, loader processes to offer the plain loop and ours, and the GPUs.
+    # CPU threads, loader processes that the plain loop and ours may use, and GPUs.
     threads: int
     workers: int
     gpus: int
-    # Whether the GPUs, or else the CPU, multiply in bf16.
+    # Whether the GPUs, or without them the CPU, have bf16 arithmetic.
     bf16: bool
 
     @property
     def step_size(self) -> int:
-        """Photos per step where the recipe is the chapter's."""
+        """Photos per step of the chapter's recipe."""
         return self.batch_size or CHAPTER_BATCH
 
     def script(self, name: str, *words: object) -> list[str]:
@@ -85,7 +85,7 @@ class Setup:
         return [str(word) for pair in given.items() for word in pair] + [*map(str, batch), *map(str, words)]
 
     def plain_loop(self, *words: object) -> list[str]:
-        """Return the command of the chapter's plain loop with our numbers."""
+        """Return the command of the chapter's plain loop with the same settings."""
         given = {
             "--model": self.model,
             "--weights": self.weights,
@@ -96,7 +96,7 @@ class Setup:
         return self.script("plain_loop.py", self.photos, *(w for pair in given.items() for w in pair), *words)
 
 
-# What is there to measure with.
+# Preparation.
 
 
 def prepare(
@@ -113,14 +113,13 @@ def prepare(
     recipes: tuple[str, ...],
     num_threads: int | None,
 ) -> tuple[Setup, dict]:
-    """Make all that the measurements need in `work`; return it, and the machine's description.
+    """Create everything that the measurements need in `work`; return it, and the machine's description.
 
-    `photos` is the most to take of each class and split. Raises `UserError` where the data or the network is
-    not there.
+    `photos` is the maximum per class and split. Raises `UserError` if the data or the network is missing.
     """
     if data_dir.startswith("hf://"):
         raise UserError("the benchmark compares with loops that read folders: give a folder as --data-dir")
-    # The one process that may fetch what is not there yet.
+    # Only this process may download what is missing.
     hub_offline = os.environ.get("HF_HUB_OFFLINE", "0")
     folder = work / "prepare"
     folder.mkdir(parents=True)
@@ -180,7 +179,7 @@ def prepare(
 
 
 def link_photos(files: dict[str, dict[str, list[str]]], target: Path, copies: int = 1) -> Path:
-    """Make a data folder of links to files by split and class, each of them `copies` times."""
+    """Create a data folder of links to files by split and class, `copies` of each."""
     for split, classes in files.items():
         for name, paths in classes.items():
             folder = target / split / name
@@ -193,7 +192,7 @@ def link_photos(files: dict[str, dict[str, list[str]]], target: Path, copies: in
 
 
 def repeated_photos(setup: Setup, copies: int) -> Path:
-    """Return a data folder with every photo so many times; made when first asked for."""
+    """Return a data folder with `copies` of every photo, created on first use."""
     target = setup.work / f"photos-{copies}x"
     if not target.exists():
         files = {
@@ -220,7 +219,7 @@ def version_of(name: str) -> str | None:
 
 
 def commit_of(root: Path) -> str | None:
-    """Return the commit of the repository, with a plus where files differ from it; None outside of git."""
+    """Return the commit of the repository, with a plus if files differ from it; None outside git."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = ["git", "-C", str(root)]
         commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], stderr=subprocess.DEVNULL)

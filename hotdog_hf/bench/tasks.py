@@ -1,4 +1,4 @@
-"""What the benchmark measures besides the scripts: each runs in a process of its own.
+"""What the benchmark measures besides the scripts, each in its own process.
 
 python -m hotdog_hf.bench.tasks NAME '{"knob": "value"}' prints its result as one line of JSON, the last.
 """
@@ -41,7 +41,7 @@ def prepare(
 ) -> dict:
     """Fetch or draw the photos and check them; write the source's weights, a saved model and its ONNX file.
 
-    Returns the photos by split and class, and what the machine is.
+    Returns the photos by split and class, and facts about the machine.
     """
     folder = Path(out)
     accelerator = launch.build_accelerator("no", num_threads=num_threads)
@@ -74,7 +74,7 @@ def prepare(
 
 
 class Job(NamedTuple):
-    """The chapter's training, ready to step."""
+    """The chapter's training, ready to start."""
 
     accelerator: Accelerator
     net: torch.nn.Module
@@ -83,7 +83,7 @@ class Job(NamedTuple):
     data_config: dict
 
     def steps(self, loader: torch.utils.data.DataLoader) -> Iterator:
-        """Train over an epoch of the loader, yielding after every step."""
+        """Train for one epoch of the loader, yielding after every step."""
         totals = torch.zeros(3, device=self.accelerator.device)
         state = TrainState(self.net, self.optimizer, self.schedule, totals=totals)
         return engine.train_steps(self.accelerator, state, loader, RECIPES["chapter"].optim)
@@ -112,7 +112,7 @@ def _build(
 
 
 def limit(*, train: int, test: int, batch_size: int, epochs: int, **network: object) -> dict:
-    """Step and evaluate on random tensors that lie in the device's memory: the fastest an epoch can be."""
+    """Step and evaluate on random tensors in the device's memory: the fastest possible epoch."""
     job = _build(**network)
     device, size = job.accelerator.device, job.data_config["input_size"]
     images = torch.randn(min(batch_size, max(train, test)), *size, device=device)
@@ -125,7 +125,7 @@ def limit(*, train: int, test: int, batch_size: int, epochs: int, **network: obj
         job.optimizer.step()
         job.optimizer.zero_grad()
 
-    step(len(images))  # memory, and a GPU's choice of algorithms
+    step(len(images))  # warm-up: memory, and a GPU's choice of algorithms
     seconds = []
     for _ in range(epochs):
         _synchronize(device)
@@ -155,7 +155,7 @@ def memory(*, data_dir: str, batch_size: int, steps: int, **network: object) -> 
     """List all photos of a folder, train some steps on it, evaluate as many batches: the peak memory."""
     rows = load_photos(data_dir)
     photos = Photos(rows, data_dir)
-    _kept = photos.manifest(), photos.digest()  # what a run holds of every photo
+    _kept = photos.manifest(), photos.digest()  # what a run keeps of every photo
     job = _build(classes=rows["train"].features["label"].names, **network)
     train_set = loaders.PhotoDataset(rows["train"], transforms.train_transform(job.data_config))
     loader = loaders.train_loader(train_set, batch_size)
@@ -172,13 +172,13 @@ def memory(*, data_dir: str, batch_size: int, steps: int, **network: object) -> 
 
 
 def peak_memory() -> int:
-    """Return the most bytes of main memory that this process has held."""
+    """Return the peak resident memory of this process in bytes."""
     with contextlib.suppress(OSError):  # not on every system
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     import resource  # Windows has none
 
-    # This counts the parent as well, at the moment it started this process.
+    # This also counts the parent at the time it started this process.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -199,7 +199,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Count what runs inside under `name`."""
+        """Count the time inside the context under `name`."""
         self.enter(name)
         try:
             yield
@@ -207,19 +207,19 @@ class Stopwatch:
             self.leave()
 
     def enter(self, name: str) -> None:
-        """Count from here on under `name`; within the evaluation all is its own."""
+        """Count from now on under `name`; inside the evaluation, under "evaluation"."""
         if threading.current_thread() is threading.main_thread():
             self._count()
             self.names.append("evaluation" if "evaluation" in self.names else name)
 
     def leave(self) -> None:
-        """Go back to the name before."""
+        """Return to the previous name."""
         if threading.current_thread() is threading.main_thread():
             self._count()
             self.names.pop()
 
     def timed(self, name: str, function: Callable) -> Callable:
-        """Return the function, counted under `name`."""
+        """Return the function with its time counted under `name`."""
 
         def counted(*args: object, **kwargs: object) -> object:
             with self(name):
@@ -229,7 +229,7 @@ class Stopwatch:
 
 
 class _CountedLoader:
-    """A loader whose every batch is waited for under the stopwatch's "waiting"."""
+    """A loader that counts the wait for each batch under "waiting"."""
 
     def __init__(self, loader: torch.utils.data.DataLoader, watch: Stopwatch) -> None:
         self.loader, self.watch = loader, watch
@@ -248,9 +248,9 @@ class _CountedLoader:
 
 
 def profile(*, data_dir: str, batch_size: int, num_workers: int | None, **network: object) -> dict:
-    """Train an epoch and evaluate, with the main thread's seconds by what it does; and the top operators.
+    """Train an epoch and evaluate; return the main thread's seconds by activity, and the top operators.
 
-    Photos that loader processes decode cost the main thread nothing but the waiting for them.
+    Photos decoded by loader processes cost the main thread only the waiting.
     """
     rows = load_photos(data_dir)
     job = _build(classes=rows["train"].features["label"].names, **network)
@@ -263,7 +263,7 @@ def profile(*, data_dir: str, batch_size: int, num_workers: int | None, **networ
     loader = loaders.train_loader(train_set, batch_size, num_workers=workers)
     test_loader = accelerator.prepare(loaders.eval_loader(test_set, batch_size, num_workers=workers))
 
-    # The operators first, without the stopwatch; these steps warm everything up as well.
+    # The operators first, without the stopwatch; these steps are also the warm-up.
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if accelerator.device.type == "cuda" else []
     loader.batch_sampler.seek(1)
@@ -302,7 +302,7 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 def _operators(profiler: torch.profiler.profile) -> list[dict]:
-    """Return the operators that take longest, each without those it calls: name, share, calls."""
+    """Return the operators that take the most time, without those they call: name, share, calls."""
     events = profiler.key_averages()
     on_gpu = any(event.self_device_time_total for event in events)
     spent = {
@@ -348,7 +348,7 @@ Labels = Callable[[str, list[str]], list[str]]
 
 
 def _ours(model_file: str, batch_size: int, precision: str) -> Labels:
-    """Return what scripts/predict.py does, of a saved model or an ONNX file."""
+    """Return a predictor like that of scripts/predict.py, of a saved model or an ONNX file."""
     predictor = load_predictor(model_file, precision)
     choose = decision_rule(predictor.label_names)
 
