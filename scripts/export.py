@@ -1,12 +1,12 @@
 """Export a saved model to ONNX: one file that predicts without torch.
 
 python scripts/export.py runs/demo/model model.onnx
-python scripts/export.py runs/demo/model model.onnx --opset 18
+python scripts/export.py runs/demo/model model.onnx --input bytes   # takes photos of any size as they are
 python scripts/predict.py model.onnx my/photos
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -22,8 +22,11 @@ class ExportConfig:
     model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
     # File to write; it holds the class names and the preprocessing too.
     out: Annotated[str, Positional, tyro.conf.arg(metavar="OUT.onnx")]
+    # What the file takes: a batch of resized and normalised pixels, float32 [batch, 3, height, width]; or one
+    # photo of any size as RGB bytes, uint8 [H, W, 3], which it resizes, crops and normalises itself.
+    input: Literal["pixels", "bytes"] = "pixels"
     # ONNX opset version.
-    opset: int = 17
+    opset: int = 18
 
     def __post_init__(self) -> None:
         if not self.out.endswith(".onnx"):
@@ -35,9 +38,9 @@ class ExportConfig:
 def main(config: ExportConfig) -> None:
     """Export, check, write."""
     # Imported here so that --help and a mistyped flag respond before torch is loaded.
-    from hotdog_hf.model.export import export_onnx
+    from hotdog_hf.deploy.export import export_onnx
 
-    difference = export_onnx(config.model, config.out, config.opset)
+    difference = export_onnx(config.model, config.out, config.opset, takes_photos=config.input == "bytes")
     print(f"{config.out}: ONNX opset {config.opset}, probabilities within {difference:.0e} of PyTorch's")
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ALL = (
     "hotdog_hf.training.loop hotdog_hf.report.page hotdog_hf.report.runner hotdog_hf.study.page"
-    " hotdog_hf.study.runner hotdog_hf.model.export accelerate.commands.accelerate_cli"
+    " hotdog_hf.study.runner hotdog_hf.deploy.export accelerate.commands.accelerate_cli"
 )
 THOSE_WITHOUT_A_HUB = (
     "torch torchvision torch._dynamo sklearn.linear_model scipy.stats matplotlib.pyplot pandas"

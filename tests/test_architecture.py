@@ -8,13 +8,14 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "hotdog_hf"
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-ROOMS = {"data", "model", "training", "report", "study", "bench"}
+ROOMS = {"data", "model", "training", "report", "study", "bench", "deploy"}
 PAGES = {"report", "study", "bench"}
 # A room -> the rooms and ground files that its modules must not import, also not within a function.
 NEVER = {
     "data": ROOMS - {"data"},
     "model": ROOMS - {"data", "model"},
-    "training": PAGES | {"hub"},
+    "training": PAGES | {"hub", "deploy"},
+    "deploy": PAGES | {"training"},
     **{room: PAGES - {room} for room in PAGES},
     **{module: {"data", "hub", *ROOMS} for module in MODULES if "." not in module and module not in ROOMS},
 }

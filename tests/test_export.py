@@ -9,9 +9,9 @@ import torch
 from conftest import ROOT, TINY_MODEL, run
 from test_hub import target
 
+from hotdog_hf.deploy.export import export_onnx
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import network
-from hotdog_hf.model.export import export_onnx
 from hotdog_hf.model.predictor import load_predictor
 from hotdog_hf.model.saved import load_model, save_model
 

@@ -20,9 +20,9 @@ from test_hub import target
 import hotdog_hf
 from hotdog_hf.data import transforms
 from hotdog_hf.data.images import decode_image, normalize, preprocess, resize_and_crop
+from hotdog_hf.deploy.export import export_onnx
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import network
-from hotdog_hf.model.export import export_onnx
 from hotdog_hf.model.predictor import (
     Prediction,
     decision_rule,

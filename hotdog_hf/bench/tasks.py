@@ -23,9 +23,10 @@ from hotdog_hf.data import loaders, transforms
 from hotdog_hf.data.images import IMAGE_SUFFIXES
 from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import Photos, load_photos
+from hotdog_hf.deploy import export
 from hotdog_hf.errors import UserError, exit_on_user_error
 from hotdog_hf.machine import cpu_has_bf16
-from hotdog_hf.model import export, saved
+from hotdog_hf.model import saved
 from hotdog_hf.model.network import replace_head
 from hotdog_hf.model.predictor import decision_rule, load_predictor, predict_paths
 from hotdog_hf.model.source import load_source, source_data_config

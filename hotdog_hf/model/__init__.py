@@ -1,1 +1,1 @@
-"""A network: its source, its output layer, saved, exported, predicting."""
+"""A network: its source, its output layer, saved, predicting."""

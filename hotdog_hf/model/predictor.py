@@ -35,14 +35,16 @@ Source = str | os.PathLike | bytes | Image.Image
 class Predictor(NamedTuple):
     """A model ready to predict: call it with images, or `probabilities` with RGB bytes.
 
-    `probabilities` maps uint8 [N, H, W, 3], resized and cropped, to float32 [N, classes].
+    `probabilities` maps uint8 [N, H, W, 3], resized and cropped, to float32 [N, classes]. A predictor that
+    `takes_photos` does that itself: its photos may have any size, and are given one or several as a list.
     """
 
     label_names: list[str]
     data_config: dict
-    probabilities: Callable[[np.ndarray], np.ndarray]
+    probabilities: Callable[[Sequence[np.ndarray]], np.ndarray]
     # Whether it computes on a device other than the CPU, which can decode meanwhile.
     leaves_cpu_free: bool = False
+    takes_photos: bool = False
 
     def __call__(self, images: Source | Sequence[Source]) -> dict[str, float] | list[dict[str, float]]:
         """Return the probability of each class, by its name; a list of such dicts for a list of images.
@@ -53,12 +55,16 @@ class Predictor(NamedTuple):
         if not isinstance(images, (list, tuple)):
             return self([images])[0]
         found = []
-        for start in range(0, len(images), CALL_BATCH):
-            batch = [decode_image(image) for image in images[start : start + CALL_BATCH]]
-            pixels = np.stack([resize_and_crop(image, self.data_config) for image in batch])
-            rows = self.probabilities(pixels).tolist()
+        batch_size = 1 if self.takes_photos else CALL_BATCH
+        for start in range(0, len(images), batch_size):
+            batch = [self.prepare(decode_image(image)) for image in images[start : start + batch_size]]
+            rows = self.probabilities(np.stack(batch)).tolist()
             found += [dict(zip(self.label_names, row, strict=True)) for row in rows]
         return found
+
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        """Return an RGB image as `probabilities` takes it, uint8 [H, W, 3]."""
+        return np.asarray(image) if self.takes_photos else resize_and_crop(image, self.data_config)
 
 
 class Prediction(NamedTuple):
@@ -122,11 +128,14 @@ def _load_exported(path: Path) -> Predictor:
         raise UserError(f"{path} was not made by scripts/export.py: it names no classes or no preprocessing")
 
     data_config = json.loads(about["data_config"])
+    takes_photos = session.get_inputs()[0].name == "image"  # exported with --input bytes
 
-    def probabilities(images: np.ndarray) -> np.ndarray:
+    def probabilities(images: Sequence[np.ndarray]) -> np.ndarray:
+        if takes_photos:
+            return np.stack([session.run(["probabilities"], {"image": image})[0] for image in images])
         return session.run(["probabilities"], {"pixel_values": normalize(images, data_config)})[0]
 
-    return Predictor(json.loads(about["label_names"]), data_config, probabilities)
+    return Predictor(json.loads(about["label_names"]), data_config, probabilities, takes_photos=takes_photos)
 
 
 def decision_rule(
@@ -205,10 +214,12 @@ def predict_paths(
     """Yield a prediction for every image, or the `UserError` that explains why there is none, in order.
 
     Cores share the decoding of a batch: while a GPU works on the one before, but in turns with a network on
-    the CPU, for they would slow each other down. No more is held in memory.
+    the CPU, for they would slow each other down. No more is held in memory: of a predictor that takes photos
+    at their full size, one at a time.
     """
     images, label_names = find_images(paths), predictor.label_names
-    read = functools.partial(_read, data_config=predictor.data_config)
+    read = functools.partial(_read, predictor=predictor)
+    batch_size = 1 if predictor.takes_photos else batch_size
     with ThreadPoolExecutor(1 + min(allowed_cores(), MAX_DECODERS)) as pool:
 
         def read_batch() -> list[tuple[str, np.ndarray] | UserError]:
@@ -229,14 +240,13 @@ def predict_paths(
                 yield Prediction(item[0], label_names[choose(row)], values)
 
 
-def _read(found: str | UserError, data_config: dict) -> tuple[str, np.ndarray] | UserError:
+def _read(found: str | UserError, predictor: Predictor) -> tuple[str, np.ndarray] | UserError:
     if isinstance(found, UserError):
         return found
     try:
-        image = decode_image(found)
+        return found, predictor.prepare(decode_image(found))
     except UserError as error:
         return error
-    return found, resize_and_crop(image, data_config)
 
 
 def format_header(style: str, label_names: list[str]) -> str | None:

@@ -1,0 +1,1 @@
+"""A model on its way to users: one ONNX file, a web page."""

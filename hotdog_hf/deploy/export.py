@@ -1,0 +1,134 @@
+"""A saved model -> one ONNX file that predicts without torch."""
+
+import io
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hotdog_hf.data.images import normalize, resize_and_crop
+from hotdog_hf.errors import UserError
+from hotdog_hf.model import network, saved
+from hotdog_hf.model.predictor import NEEDS_ONNX, load_predictor
+
+if TYPE_CHECKING:
+    import onnx
+
+    # Makes a network smaller: (network, label_names, data_config) -> network.
+    Shrink = Callable[[onnx.ModelProto, list[str], dict], onnx.ModelProto]
+
+# The first version of the operators that can resize a photo.
+DEFAULT_OPSET = 18
+# How far an exported model's probabilities may be from PyTorch's.
+EXPORT_TOLERANCE = 1e-4
+# How far, on average, a photo resized by the graph may be from Pillow's: 1 of 255. Noise is the worst case.
+RESIZE_TOLERANCE = 1.0
+
+
+def export_onnx(
+    name: str | os.PathLike,
+    out: str | os.PathLike,
+    opset: int = DEFAULT_OPSET,
+    *,
+    takes_photos: bool = False,
+    shrink: "Shrink | None" = None,
+    tolerance: float = EXPORT_TOLERANCE,
+) -> float:
+    """Write a saved model as an ONNX file with class names and preprocessing inside.
+
+    Its input is `pixel_values`, float32 [batch, 3, height, width], or, if it `takes_photos`, one `image`, RGB
+    bytes [H, W, 3] of any size. It is compared with PyTorch before it takes its place; returns the largest
+    difference of a probability for the same pixels. Raises `UserError`, and leaves `out` as it was, if that
+    is not below `tolerance` or the model cannot be exported.
+    """
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401 (asked for here, before the work)
+    except ModuleNotFoundError as error:
+        raise UserError(NEEDS_ONNX) from error
+    net = saved.load_model(name)
+    label_names, data_config = network.label_names_of(net), network.data_config_of(net)
+    net = torch.nn.Sequential(net, torch.nn.Softmax(dim=1)).eval()
+    pictures = _noise()
+    images = np.stack([resize_and_crop(Image.fromarray(picture), data_config) for picture in pictures])
+    samples = torch.from_numpy(normalize(images, data_config))
+    with torch.inference_mode():
+        expected = net(samples).numpy()
+    exported = _to_onnx(net, samples[:2], opset, name)
+    if shrink:
+        exported = shrink(exported, label_names, data_config)
+    about = {"label_names": json.dumps(label_names), "data_config": json.dumps(data_config)}
+    onnx.helper.set_model_props(exported, about)
+    out = Path(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as scratch:
+            part = Path(scratch) / "model.onnx"
+            onnx.save(exported, part)
+            again = load_predictor(part).probabilities
+            # At two batch sizes that the exporter has not seen.
+            rows = np.concatenate([again(images[:1]), again(images)])
+            difference = float(np.abs(rows - expected[[0, 0, 1, 2]]).max())
+            if not difference < tolerance:
+                raise UserError(f"{name} as ONNX is {difference:.0e} away from PyTorch; nothing was written")
+            if takes_photos:
+                onnx.save(_taking_photos(exported, data_config, pictures), part)
+                load_predictor(part).probabilities(pictures)
+            part.replace(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    return difference
+
+
+def _noise() -> list[np.ndarray]:
+    """Return pictures of noise, uint8 [H, W, 3]: wide, tall, smaller and larger than a network's input."""
+    draw = np.random.default_rng(0).integers
+    return [draw(0, 256, (height, width, 3), np.uint8) for height, width in ((60, 40), (40, 60), (300, 200))]
+
+
+def _to_onnx(
+    net: torch.nn.Module, samples: torch.Tensor, opset: int, name: str | os.PathLike
+) -> "onnx.ModelProto":
+    import onnx
+
+    buffer, batch = io.BytesIO(), {0: "batch"}
+    try:
+        with warnings.catch_warnings():
+            # This exporter is the older one, as it says each time; the newer one needs onnxscript.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                net,
+                (samples,),
+                buffer,
+                dynamo=False,
+                opset_version=opset,
+                input_names=["pixel_values"],
+                output_names=["probabilities"],
+                dynamic_axes={"pixel_values": batch, "probabilities": batch},
+            )
+    except Exception as error:  # the exporter's errors share no base class
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"cannot export {name} with opset {opset}: {reason}") from error
+    return onnx.load_from_string(buffer.getvalue())
+
+
+def _taking_photos(
+    exported: "onnx.ModelProto", data_config: dict, pictures: list[np.ndarray]
+) -> "onnx.ModelProto":
+    """Put the preprocessing in front of a network, after a comparison with Pillow's."""
+    from hotdog_hf.deploy import preprocessing
+
+    difference = preprocessing.difference_to_pillow(pictures, data_config)
+    if not difference < RESIZE_TOLERANCE:
+        raise UserError(
+            f"--input bytes: resized photos are {difference:.1f} of 255 away from Pillow's with this version"
+            " of ONNX Runtime; update it, or use --input pixels. Nothing was written"
+        )
+    return preprocessing.add_preprocessing(exported, data_config)

@@ -1,0 +1,113 @@
+"""The ONNX file that takes photos, smaller ones, and what is built on them."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT, run
+from PIL import Image
+from test_hub import target
+
+from hotdog_hf.data.images import decode_image, preprocess, resize_and_crop
+from hotdog_hf.deploy import export, preprocessing
+from hotdog_hf.errors import UserError
+from hotdog_hf.model import network, saved
+from hotdog_hf.model.predictor import load_predictor, predict_paths
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZES = [(60, 40), (40, 60), (64, 64), (300, 211), (1, 1), (1, 500), (500, 1), (3, 7), (65, 63)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A saved model whose probabilities differ from photo to photo."""
+    torch.manual_seed(0)
+    net = target()
+    config = network.data_config_of(net)
+    with torch.no_grad():
+        net.get_classifier().weight.mul_(200)
+        inputs = np.stack([preprocess(smooth(40, 60, seed), config) for seed in range(4)])
+        net.get_classifier().bias.sub_(net(torch.from_numpy(inputs)).mean(dim=0))
+    return saved.save_model(net, tmp_path_factory.mktemp("saved") / "model")
+
+
+def smooth(height, width, seed=0):
+    """A photo as cameras make them: neighbouring pixels are alike."""
+    waves = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), np.uint8)
+    return Image.fromarray(waves).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(("input_size", "crop_pct"), [((64, 64), 0.875), ((48, 64), 1.0)])
+@pytest.mark.parametrize("crop_mode", ["squash", "center", "border"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_graph_prepares_a_photo_as_pillow_does(input_size, crop_pct, crop_mode, interpolation):
+    config = {
+        "input_size": (3, *input_size),
+        "crop_mode": crop_mode,
+        "interpolation": interpolation,
+        "crop_pct": crop_pct,
+        "mean": MEAN,
+        "std": STD,
+    }
+    model = preprocessing.preprocessing_model(config)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for size in SIZES:
+        photo = smooth(*size)
+        [[actual]] = session.run(None, {"image": np.asarray(photo)})
+        expected = preprocess(photo, config)
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype
+        steps = np.abs(actual - expected) * np.array(STD)[:, None, None] * 255
+        assert steps.max() < (2.01 if interpolation == "bilinear" else 4.01) and steps.mean() < 0.4, size
+
+
+@pytest.mark.parametrize(
+    ("changes", "opset", "message"),
+    [
+        ({"crop_mode": "corner"}, 18, "crop_mode 'corner' is none of squash, center, border; --input pixels"),
+        ({"interpolation": "lanczos"}, 18, "interpolation 'lanczos' is none of bilinear, bicubic"),
+        ({}, 17, "--input bytes needs --opset 18 or higher, got 17"),
+    ],
+)
+def test_what_the_graph_cannot_do_is_refused(changes, opset, message):
+    config = {"input_size": (3, 8, 8), "interpolation": "bilinear", "mean": MEAN, "std": STD} | changes
+    with pytest.raises(UserError, match=message):
+        preprocessing.preprocessing_model(config, opset)
+
+
+def test_a_file_that_takes_photos_says_what_the_model_says(model, tmp_path):
+    for number, size in enumerate([(300, 211), (40, 60), (900, 90)]):
+        smooth(*size, seed=number).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_text("no image")
+    out = tmp_path / "bytes.onnx"
+    done = run("python", ROOT / "scripts/export.py", model, out, "--input", "bytes")
+    assert done.returncode == 0, done.stderr
+    assert "opset 18" in done.stdout and onnx.load(out).opset_import[0].version == 18
+
+    session = onnxruntime.InferenceSession(out)
+    [image], [probabilities] = session.get_inputs(), session.get_outputs()
+    assert (image.name, image.type, image.shape[2]) == ("image", "tensor(uint8)", 3)
+    assert (probabilities.name, probabilities.shape) == ("probabilities", [2])
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["label_names"]) == ["hotdog", "not-hotdog"]
+
+    theirs, ours = load_predictor(model), load_predictor(out)
+    assert ours.takes_photos and ours.label_names == theirs.label_names
+    photos = [decode_image(tmp_path / f"{number}.png") for number in range(3)]
+    expected = theirs.probabilities(np.stack([resize_and_crop(p, theirs.data_config) for p in photos]))
+    assert np.ptp(expected[:, 0]) > 0.1
+    np.testing.assert_allclose(ours.probabilities([np.asarray(p) for p in photos]), expected, atol=0.01)
+
+    *readable, broken = predict_paths(ours, [str(tmp_path / f"{n}.png") for n in range(4)], np.argmax)
+    np.testing.assert_allclose([list(p.probabilities.values()) for p in readable], expected, atol=0.01)
+    assert isinstance(broken, UserError)
+
+
+def test_a_runtime_that_resizes_otherwise_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(preprocessing.RESIZE_MODES, "bilinear", 'mode = "cubic", cubic_coeff_a = -3.0')
+    with pytest.raises(UserError, match="of 255 away from Pillow's"):
+        export.export_onnx(model, tmp_path / "model.onnx", takes_photos=True)
+    assert list(tmp_path.iterdir()) == []
