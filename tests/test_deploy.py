@@ -1,5 +1,6 @@
 """The ONNX file that takes photos, smaller ones, and what is built on them."""
 
+import functools
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from test_hub import target
 
 from hotdog_hf.data.images import decode_image, preprocess, resize_and_crop
-from hotdog_hf.deploy import export, preprocessing
+from hotdog_hf.deploy import export, preprocessing, quantize
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import network, saved
 from hotdog_hf.model.predictor import load_predictor, predict_paths
@@ -111,3 +112,80 @@ def test_a_runtime_that_resizes_otherwise_is_refused(model, tmp_path, monkeypatc
     with pytest.raises(UserError, match="of 255 away from Pillow's"):
         export.export_onnx(model, tmp_path / "model.onnx", takes_photos=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def network_and_config(model, tmp_path_factory):
+    """The same model as ONNX in float32, its class names and its preprocessing."""
+    out = tmp_path_factory.mktemp("exported") / "model.onnx"
+    export.export_onnx(model, out)
+    predictor = load_predictor(out)
+    return onnx.load(out), predictor.label_names, predictor.data_config
+
+
+def test_fp16_halves_the_file_and_hardly_changes_what_it_says(model, tmp_path, photos_dir):
+    whole, half = tmp_path / "whole.onnx", tmp_path / "half.onnx"
+    export.export_onnx(model, whole)
+    done = run("python", ROOT / "scripts/export.py", model, half, "--precision", "fp16", "--input", "bytes")
+    assert done.returncode == 0, done.stderr
+    assert half.stat().st_size < 0.7 * whole.stat().st_size
+    photos = sorted(photos_dir.glob("test/*/*.png"))
+    expected, actual = load_predictor(whole)(photos), load_predictor(half)(photos)
+    for row, other in zip(expected, actual, strict=True):
+        assert row == pytest.approx(other, abs=0.02) and row != other
+
+
+def test_weights_beyond_float16_are_refused(network_and_config):
+    network = onnx.ModelProto()
+    network.CopyFrom(network_and_config[0])
+    kernel = next(tensor for tensor in network.graph.initializer if len(tensor.dims) == 4)
+    values = onnx.numpy_helper.to_array(kernel) * 1e9
+    kernel.CopyFrom(onnx.numpy_helper.from_array(values, kernel.name))
+    with pytest.raises(UserError, match=f"weights of {kernel.name} do not fit into float16"):
+        quantize.to_fp16(network)
+
+
+def test_int8_is_calibrated_on_photos_and_the_better_kind_is_kept(network_and_config, photos_dir):
+    network, label_names, data_config = network_and_config
+    result = quantize.to_int8(network, label_names, data_config, photos_dir, max_drop=100)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in result.network.graph.node}
+    weights = [tensor for tensor in result.network.graph.initializer if len(tensor.dims) == 4]
+    assert weights and {tensor.data_type for tensor in weights} == {onnx.TensorProto.INT8}
+    kinds = {"int8 per channel": True, "int8 per tensor": False}
+    best = max(kinds, key=result.accuracies.__getitem__)
+    assert (
+        result.accuracies["int8 per channel" if result.per_channel else "int8 per tensor"]
+        == (result.accuracies[best])
+    )
+    assert result.num_photos == 5 and "float32" in result.describe()
+
+
+def test_int8_that_loses_too_much_is_refused_and_nothing_is_written(model, tmp_path, photos_dir, monkeypatch):
+    accuracies = iter([0.9, 0.8, 0.85])
+    monkeypatch.setattr(quantize, "_accuracy", lambda *_: next(accuracies))
+    monkeypatch.setattr(quantize, "_quantize", lambda network, *_: network)
+    options = {"precision": "int8", "data_dir": photos_dir, "max_drop": 4.9}
+    message = r"loses 5.00 points .*more than --max-drop 4.9 .*int8 per tensor 0.8500.*Nothing was written"
+    with pytest.raises(UserError, match=message):
+        export.export_onnx(
+            model, tmp_path / "model.onnx", shrink=functools.partial(quantize.shrink, **options)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_photos_of_other_classes_calibrate_nothing(network_and_config, photos_dir):
+    network, _, data_config = network_and_config
+    with pytest.raises(UserError, match="has the classes hotdog, not-hotdog, the model cat, dog"):
+        quantize.to_int8(network, ["cat", "dog"], data_config, photos_dir)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--precision", "int8"), "--precision int8 needs photos: --data-dir"),
+        (("--max-drop", 101), "--max-drop must be from 0 to 100, got 101"),
+    ],
+)
+def test_what_int8_needs_is_said_at_once(tmp_path, flags, message):
+    done = run("python", ROOT / "scripts/export.py", "model", "model.onnx", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stdout + done.stderr

@@ -1,0 +1,185 @@
+"""An exported network made smaller: float16 weights, or 8-bit integers calibrated on photos."""
+
+import contextlib
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import onnx
+import onnxruntime
+from onnxruntime import quantization
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from hotdog_hf.data.images import normalize, read_photo, resize_and_crop
+from hotdog_hf.data.splits import Photos, load_photos
+from hotdog_hf.errors import UserError
+
+CALIBRATION_PHOTOS = 128
+BATCH_SIZE = 32
+# Of a data folder without validation photos, this fraction of train measures the accuracy.
+VAL_FRACTION = 0.2
+# How far probabilities may be from PyTorch's; what int8 changes is measured on photos instead.
+TOLERANCES = {"fp16": 1e-2, "int8": math.inf}
+
+
+class Int8Result(NamedTuple):
+    """The network in 8-bit integers, and the accuracies (fractions) that chose it."""
+
+    network: onnx.ModelProto
+    per_channel: bool
+    accuracies: dict[str, float]
+    num_photos: int
+
+    def describe(self) -> str:
+        """Return the accuracies in one line."""
+        values = ", ".join(f"{name} {accuracy:.4f}" for name, accuracy in self.accuracies.items())
+        kept = "per channel" if self.per_channel else "per tensor"
+        return f"accuracy on {self.num_photos} validation photos: {values}; int8 {kept} is kept"
+
+
+def shrink(
+    network: onnx.ModelProto,
+    label_names: list[str],
+    data_config: dict,
+    *,
+    precision: str,
+    data_dir: str | os.PathLike | None = None,
+    max_drop: float = 0.5,
+) -> onnx.ModelProto:
+    """Return the network in "fp16" or "int8", as `export_onnx` asks for it; print what int8 loses."""
+    if precision == "fp16":
+        return to_fp16(network)
+    result = to_int8(network, label_names, data_config, data_dir, max_drop)
+    print(result.describe())
+    return result.network
+
+
+def to_fp16(network: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the network with its float32 weights stored as float16; it computes in float32.
+
+    Few CPUs compute in float16: a network in it would run as one in float32 among casts. The casts of weights
+    are done once, when the file is loaded.
+    """
+    smaller = onnx.ModelProto()
+    smaller.CopyFrom(network)
+    casts = []
+    for tensor in smaller.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
+            continue  # biases and scales are few
+        values = onnx.numpy_helper.to_array(tensor)
+        if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+            raise UserError(f"--precision fp16: weights of {tensor.name} do not fit into float16")
+        name = tensor.name
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}/fp16"))
+        casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    for node in reversed(casts):
+        smaller.graph.node.insert(0, node)
+    return smaller
+
+
+def to_int8(
+    network: onnx.ModelProto,
+    label_names: list[str],
+    data_config: dict,
+    data_dir: str | os.PathLike,
+    max_drop: float = 0.5,
+) -> Int8Result:
+    """Quantize weights and activations to 8 bits (static, QDQ), per channel and per tensor; keep the better.
+
+    Ranges come from training photos, accuracies from validation photos: those of the data folder, or a fifth
+    of train, which is then not calibrated on. Raises `UserError` if the better one loses more than `max_drop`
+    percentage points.
+    """
+    photos = Photos(load_photos(data_dir, VAL_FRACTION), data_dir)
+    if photos.label_names != label_names:
+        raise UserError(
+            f"{data_dir} has the classes {', '.join(photos.label_names)}, the model {', '.join(label_names)};"
+            " calibrate on photos of the model's classes"
+        )
+    train = photos.splits["train"]  # sorted by class, or shuffled: every stretch of it counts
+    chosen = np.linspace(0, len(train) - 1, min(CALIBRATION_PHOTOS, len(train))).round().astype(int)
+    calibration, _ = _read(train.select(chosen.tolist()), data_config)
+    images, labels = _read(photos.splits["validation"], data_config)
+
+    accuracies = {"float32": _accuracy(network, images, labels, data_config)}
+    found = {}
+    for per_channel in (True, False):
+        found[per_channel] = _quantize(network, normalize(calibration, data_config), per_channel)
+        kind = "per channel" if per_channel else "per tensor"
+        accuracies[f"int8 {kind}"] = _accuracy(found[per_channel], images, labels, data_config)
+    best = accuracies["int8 per channel"] >= accuracies["int8 per tensor"]
+    result = Int8Result(found[best], best, accuracies, len(labels))
+    lost = 100 * (accuracies["float32"] - max(accuracies["int8 per channel"], accuracies["int8 per tensor"]))
+    if lost > max_drop:
+        raise UserError(
+            f"--precision int8 loses {lost:.2f} points of accuracy, more than --max-drop {max_drop:g}"
+            f" ({result.describe()}); use --precision fp16, or a higher --max-drop. Nothing was written"
+        )
+    return result
+
+
+def _read(rows: datasets.Dataset, data_config: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Return photos as bytes [N, H, W, 3] and their labels [N]."""
+    images = np.stack([resize_and_crop(read_photo(row), data_config) for row in rows])
+    return images, np.array(rows["label"])
+
+
+def _accuracy(network: onnx.ModelProto, images: np.ndarray, labels: np.ndarray, data_config: dict) -> float:
+    session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
+    correct = 0
+    for start in range(0, len(images), BATCH_SIZE):
+        batch = normalize(images[start : start + BATCH_SIZE], data_config)
+        [probabilities] = session.run(["probabilities"], {"pixel_values": batch})
+        correct += int((probabilities.argmax(axis=1) == labels[start : start + BATCH_SIZE]).sum())
+    return correct / len(labels)
+
+
+class _Batches(quantization.CalibrationDataReader):
+    def __init__(self, inputs: np.ndarray):
+        self.batches: Iterator[np.ndarray] = iter(np.array_split(inputs, -(-len(inputs) // BATCH_SIZE)))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {"pixel_values": batch}
+
+
+def _quantize(network: onnx.ModelProto, inputs: np.ndarray, per_channel: bool) -> onnx.ModelProto:
+    with tempfile.TemporaryDirectory() as scratch, _quiet():
+        source, prepared, out = (Path(scratch, f"{name}.onnx") for name in ("source", "prepared", "out"))
+        onnx.save(network, source)
+        # Folds BatchNorm into convolutions; shapes are known without the symbolic inference.
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            prepared,
+            out,
+            _Batches(inputs),
+            quant_format=quantization.QuantFormat.QDQ,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            nodes_to_exclude=_kept_in_float32(onnx.load(prepared)),
+            per_channel=per_channel,
+        )
+        return onnx.load(out)
+
+
+def _kept_in_float32(network: onnx.ModelProto) -> list[str]:
+    """Return the output layer, which takes no time and decides much, and softmax."""
+    nodes = network.graph.node
+    names = [node.name for node in nodes if node.op_type == "Softmax"]
+    return names + [node.name for node in nodes if node.op_type == "Gemm"][-1:]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out advice of the quantizer on a preparation that has been done."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
