@@ -25,7 +25,7 @@ BATCH_SIZE = 32
 # Of a data folder without validation photos, this fraction of train measures the accuracy.
 VAL_FRACTION = 0.2
 # How far probabilities may be from PyTorch's; what int8 changes is measured on photos instead.
-TOLERANCES = {"fp16": 1e-2, "int8": math.inf}
+TOLERANCES = {"fp16": 5e-2, "int8": math.inf}
 
 
 class Int8Result(NamedTuple):
