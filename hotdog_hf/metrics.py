@@ -18,7 +18,7 @@ CARD_METRICS = {
     "average_precision": "Average precision",
 }
 
-# Of more classes than these a page names the most frequent confusions, in place of a table of all of them.
+# With more classes, a page lists the most frequent confusions instead of the whole table.
 MAX_TABLE_CLASSES = 30
 # Entries of the largest table that areas are computed from, 8 bytes each.
 AREA_TABLE = 4_000_000

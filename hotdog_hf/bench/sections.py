@@ -114,7 +114,7 @@ def training(setup: Setup) -> list[Variant]:
         speed = len(seconds) * setup.train / sum(seconds)
         return {"value": speed, "epoch_seconds": seconds, "command": finished.command}
 
-    # On a GPU ours computes in bf16 where it can, on a CPU where it is asked to; the plain loop never does.
+    # On a GPU ours uses bf16 if it can, on a CPU only if asked to; the plain loop never does.
     if setup.gpus:
         other = [("ours, float32", ours("--precision", "no"))]
     else:
@@ -132,7 +132,7 @@ def training(setup: Setup) -> list[Variant]:
 
 
 def accuracy(setup: Setup) -> list[Variant]:
-    """Test accuracy against seconds since the command was given, for each recipe; seed = round."""
+    """Test accuracy over the seconds since the start of the command, for each recipe; seed = round."""
 
     def recipe(name: str, cached: bool = False) -> Callable[[Path, int], dict]:
         def measure(folder: Path, seed: int) -> dict:

@@ -149,7 +149,7 @@ def zero_shot(
     truth = {split: s.labels == positive for split, s in split_features.items()}
     candidates = np.unique(scores["train"])
     yes, no = (np.sort(scores["train"][answer]) for answer in (truth["train"], ~truth["train"]))
-    # From each candidate on: the photos of the class that lie there, and the others that lie below.
+    # For each candidate: the photos of the class at or above it, and the others below it.
     right = len(yes) - np.searchsorted(yes, candidates) + np.searchsorted(no, candidates)
     threshold = float(candidates[int(np.argmax(right))])
     return {

@@ -250,7 +250,7 @@ def load(
         elif part == "random":
             random_states[rest] = value.cpu()
     if missing := [f"{part}.{name}" for part, left in targets.items() for name in left]:
-        raise UserError(f"the checkpoint has no {missing[0]}, so it is of another network")
+        raise UserError(f"the checkpoint has no {missing[0]}, so it belongs to another network")
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": saved["param_groups"]})
     state.schedule.load_state_dict(plain["schedule"])
     if accelerator.scaler:

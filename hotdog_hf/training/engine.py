@@ -21,9 +21,9 @@ BAR_REFRESH_SECONDS = 0.5
 
 
 class NonFiniteLossError(UserError):
-    """The loss, a weight, or an output of the network, has become NaN or infinite.
+    """The loss, a weight, or an output of the network has become NaN or infinite.
 
-    The weights that caused it are those of `steps_since` steps before.
+    The weights that caused it are from `steps_since` steps before.
     """
 
     def __init__(self, message: str, steps_since: int = 0):
@@ -184,7 +184,7 @@ class FiniteCheck:
         self.pending = HostCopy(self.accelerator.reduce(loss)), indices, rates
 
     def last(self, broken: str | None = None) -> None:
-        """Check the loss that is still pending, if any; `broken` names what the step made not finite."""
+        """Check the pending loss, if any; `broken` names a tensor that the step has made not finite."""
         if self.pending is None:
             return
         copied, indices, rates = self.pending
@@ -286,10 +286,9 @@ def predict(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return probabilities [N, classes] and labels [N] of all N photos, in order, on every process.
 
-    `loader` was prepared by the accelerator; the copies it makes to fill the last batch are dropped again.
-    `float32` computes in it whatever the run's precision, if `model` is not prepared, or sharded. Raises
-    `StoppedError` when a process was told to stop.
-    Raises `NonFiniteLossError` for weights that give no number any more.
+    `loader` must be prepared by the accelerator; the photos it repeats to fill the last batch are dropped.
+    `float32` overrides the run's precision, if `model` is sharded or not prepared. Raises `StoppedError` if a
+    process was told to stop, and `NonFiniteLossError` if an output is NaN or infinite.
     """
     model.eval()
 

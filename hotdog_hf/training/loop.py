@@ -166,8 +166,8 @@ def evaluate_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal)
     accelerator.print(records.describe_epoch(row, eval_split))
     launch.log(accelerator, records.numbers(row), step=epoch)
 
-    solved = progress.rows and progress.rows[0]["epoch"] == 0
-    start = records.scores_of(progress.rows[0], eval_split) if solved else None
+    fitted = progress.rows and progress.rows[0]["epoch"] == 0
+    start = records.scores_of(progress.rows[0], eval_split) if fitted else None
     quality = metrics.quality(evaluation.scores, start)
     keeps = quality > progress.best if config.run.keep == "best" else epoch == config.optim.epochs
     state.progress = Progress(

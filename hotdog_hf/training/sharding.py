@@ -121,7 +121,7 @@ def shard_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a whole tensor, or this process's piece of it, to where a module holds it."""
+    """Copy a full tensor, or this process's shard of it, into a module's tensor."""
     if value.shape != target.shape:
         raise ValueError(f"a tensor of shape {tuple(value.shape)} does not fit {tuple(target.shape)}")
     target.copy_(shard_like(value, target))
@@ -132,7 +132,7 @@ def broadcast_each(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the first process's named tensors on every process, one at a time.
 
-    Must be called by every process; what others than the first give is ignored.
+    Must be called by every process; the tensors of the others are ignored.
     """
     if accelerator.num_processes == 1:
         yield from tensors.items()

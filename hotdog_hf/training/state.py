@@ -21,7 +21,7 @@ class Progress:
     learning_rate: float = 0.0
     seconds: float = 0.0
     waited: float = 0.0
-    # The seconds that all starts of the run have taken, each up to its last checkpoint.
+    # The run's seconds over all its starts, each up to its last checkpoint.
     run_seconds: float = 0.0
     # Each process's sums over its photos in this epoch: loss, correct predictions, photos.
     totals: list[list[float]] = field(default_factory=list)
@@ -45,5 +45,5 @@ class TrainState:
     totals: torch.Tensor = field(default_factory=lambda: torch.zeros(3))
     # When the run would have started if it had never been interrupted, by `time.perf_counter`.
     started: float = field(default_factory=time.perf_counter)
-    # Set by the loop over steps: raises if the last step's loss is not finite, or if told what else is not.
+    # Set by the loop over steps: raises if the last step's loss, or a tensor it is told of, is not finite.
     check_finite: Callable[..., None] | None = None
