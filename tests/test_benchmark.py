@@ -356,7 +356,8 @@ def test_the_benchmark_leaves_numbers_a_page_and_pictures(flags, tmp_path):
     assert min(Image.open(out / "startup.png").size) > 100
     page = (out / "README.md").read_text()
     scripts = {path.name for path in (ROOT / "scripts").glob("*.py")}
-    for text in ("12 to train and 11 to test", "| plain frozen loop |", "train.py, first step of 8 photos"):
+    texts = "12 for training and 11 for test", "| plain frozen loop |", "train.py, first step of 8 photos"
+    for text in texts:
         assert text in page
     assert scripts <= {row.split()[1] for row in page.splitlines() if "--help |" in row}
     assert "frozen body, epochs after the first: plain / ours" in done.stdout and "Failed" not in page
