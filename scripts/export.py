@@ -1,7 +1,7 @@
 """Export a saved model to ONNX: one file that predicts without torch.
 
 python scripts/export.py runs/demo/model model.onnx
-python scripts/export.py runs/demo/model model.onnx --input bytes   # takes photos of any size as they are
+python scripts/export.py runs/demo/model model.onnx --input bytes   # takes photos of any size
 python scripts/export.py runs/demo/model model.onnx --precision int8 --data-dir my/photos
 python scripts/predict.py model.onnx my/photos
 """
@@ -23,15 +23,15 @@ class ExportConfig:
     model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
     # File to write; it holds the class names and the preprocessing too.
     out: Annotated[str, Positional, tyro.conf.arg(metavar="OUT.onnx")]
-    # What the file takes: a batch of resized and normalised pixels, float32 [batch, 3, height, width]; or one
+    # Input of the file: a batch of resized and normalised pixels, float32 [batch, 3, height, width]; or one
     # photo of any size as RGB bytes, uint8 [H, W, 3], which it resizes, crops and normalises itself.
     input: Literal["pixels", "bytes"] = "pixels"
-    # float32 (no); fp16: weights of half the size, computed with in float32; int8: weights and activations
-    # in 8-bit integers, which needs --data-dir.
+    # float32 (no); fp16: weights of half the size, computation in float32; int8: weights and activations in
+    # 8-bit integers, which needs --data-dir.
     precision: Literal["no", "fp16", "int8"] = "no"
-    # Photos for int8: train calibrates, validation (or a fifth of train) measures the accuracy that is lost.
+    # Photos for int8: train to calibrate, validation (or a fifth of train) to measure the loss of accuracy.
     data_dir: str | None = None
-    # Percentage points of validation accuracy that int8 may lose; with more, nothing is written.
+    # Percentage points of validation accuracy that int8 may lose; beyond that nothing is written.
     max_drop: float = 0.5
     # ONNX opset version.
     opset: int = 18

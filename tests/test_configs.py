@@ -132,7 +132,7 @@ def test_two_cpu_processes_compute_as_one(alone, tmp_path, photos_dir, tiny_weig
     assert_same_numbers(metrics_of(cwd / "runs/it")[:2], alone[:2])
 
 
-# A solved head, AdamW, an average of the weights, accumulation, a kept epoch: all that has pieces.
+# A fitted head, AdamW, an average of the weights, accumulation, a saved epoch: everything that is sharded.
 BEST = (
     *("--recipe", "best", "--val-fraction", 0.25, "--label-smoothing", 0.1),
     *("--learning-rate", 0.003, "--schedule", "constant", "--warmup-fraction", 0),
@@ -143,7 +143,7 @@ MORE_EPOCHS = ("--epochs", 3, "--resume", "auto", "--resume-anyway")
 
 
 def launch_in_pieces(cwd, photos_dir, tiny_weights, *flags):
-    """Train a network in pieces over two CPU processes, as a cluster's GPUs would."""
+    """Train a network sharded over two CPU processes, as a cluster's GPUs would."""
     fsdp = (*LAUNCH, CONFIGS / "fsdp.yaml", "--num_processes", 2, "--fsdp_min_num_params", 5000)
     codes = wait(launch(cwd, photos_dir, tiny_weights, *fsdp, train_flags=(*BEST, *flags)))
     text = (cwd.parent / f"{cwd.name}.log").read_text()

@@ -1,4 +1,4 @@
-"""A saved model -> one ONNX file that predicts without torch."""
+"""Export of a saved model to one ONNX file that predicts without torch."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def export_onnx(
     """Write a saved model as an ONNX file with class names and preprocessing inside.
 
     Its input is `pixel_values`, float32 [batch, 3, height, width], or, if it `takes_photos`, one `image`, RGB
-    bytes [H, W, 3] of any size. It is compared with PyTorch before it takes its place; returns the largest
+    bytes [H, W, 3] of any size. It is compared with PyTorch before it is written; returns the largest
     difference of a probability for the same pixels. Raises `UserError`, and leaves `out` as it was, if that
     is not below `tolerance` or the model cannot be exported.
     """

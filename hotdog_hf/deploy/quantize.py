@@ -1,4 +1,4 @@
-"""An exported network made smaller: float16 weights, or 8-bit integers calibrated on photos."""
+"""Smaller exported networks: float16 weights, or 8-bit integers calibrated on photos."""
 
 import contextlib
 import logging
@@ -102,7 +102,7 @@ def to_int8(
             f"{data_dir} has the classes {', '.join(photos.label_names)}, the model {', '.join(label_names)};"
             " calibrate on photos of the model's classes"
         )
-    train = photos.splits["train"]  # sorted by class, or shuffled: every stretch of it counts
+    train = photos.splits["train"]  # sorted by class or shuffled, so sample all of it
     chosen = np.linspace(0, len(train) - 1, min(CALIBRATION_PHOTOS, len(train))).round().astype(int)
     calibration, _ = _read(train.select(chosen.tolist()), data_config)
     images, labels = _read(photos.splits["validation"], data_config)
@@ -169,7 +169,7 @@ def _quantize(network: onnx.ModelProto, inputs: np.ndarray, per_channel: bool) -
 
 
 def _kept_in_float32(network: onnx.ModelProto) -> list[str]:
-    """Return the output layer, which takes no time and decides much, and softmax."""
+    """Return the output layer, which is fast and matters for accuracy, and softmax."""
     nodes = network.graph.node
     names = [node.name for node in nodes if node.op_type == "Softmax"]
     return names + [node.name for node in nodes if node.op_type == "Gemm"][-1:]
@@ -177,7 +177,7 @@ def _kept_in_float32(network: onnx.ModelProto) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out advice of the quantizer on a preparation that has been done."""
+    """Hide the quantizer's advice to prepare the model, which has been done."""
     logging.disable(logging.WARNING)
     try:
         yield
