@@ -10,7 +10,7 @@ DEMO_FLAGS := --data-dir data/sample --model tf_efficientnet_lite0 --weights bun
 MODEL := $(DEMO)/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train reproduce bench report pictures test test-gpu style quality clean
+.PHONY: help install demo train reproduce bench audit report pictures test test-gpu style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ reproduce: install  ## the chapter's claim and exercises as one study; can be st
 
 bench: install  ## measure speed, memory and time to accuracy: make bench DATA=my/photos
 	$(PYTHON) scripts/benchmark.py $(if $(DATA),--data-dir $(DATA))
+
+audit: install  ## look through photos before training: make audit DATA=my/photos (default: the drawn sample)
+	$(PYTHON) scripts/audit.py $(or $(DATA),data/sample --model tf_efficientnet_lite0 --weights bundled)
 
 report: install  ## evaluate a model: make report MODEL=runs/mine/model DATA=my/photos (default: the demo's)
 	$(PYTHON) scripts/report.py $(MODEL) --data-dir $(or $(DATA),data/sample)

@@ -36,6 +36,7 @@ NOT_RUN = {
     r" DIR\b": "needs photos that are not distributed; it says how a table was measured",
     r"scripts/reproduce\.py": "trains for an hour or more: test_reproduce.py runs it with tiny networks",
     r"scripts/benchmark\.py": "measures for an hour: test_benchmark.py runs it with tiny networks",
+    r"scripts/compare\.py": "needs two finished runs: test_compare.py writes some",
     r"scripts/download\.py": "needs the network: test_download.py runs it against a server of its own",
     r"configs/cpu\.yaml": "test_configs.py trains with it, and compares the metrics",
     r"configs/(one|multi)_gpu\.yaml": "needs GPUs: test_configs.py reads the files as the launcher does",
@@ -45,6 +46,7 @@ NOT_RUN = {
     r"train\.py --help": "test_every_script_explains_itself runs it",
     r"^make (quality|test|demo|report)": "the gate runs it",
     r"^make (train|reproduce)": "needs the network and hours: its script's commands are tested here",
+    r"^make audit": "its script's command is run here",
     r"^make style": "changes files",
     r"^pip ": "the tests run in an environment that is installed",
     r"^HOTDOG_KILLS": "takes minutes: make test runs the same test with fewer kills",
@@ -166,6 +168,8 @@ def test_the_other_commands_work_one_after_the_other(photos_dir, tiny_weights, t
             ]
             if "plain_loop.py" in command:
                 words += ["--model", TINY_MODEL, "--image-size", "64", "--num-threads", "1"]
+            if "audit.py" in command:
+                words += ["--model", TINY_MODEL, "--image-size", "64", "--weights", "my.safetensors"]
             done = run(*words, cwd=tmp_path, **server.environment(tmp_path / "home"))
             assert done.returncode == 0, command + done.stderr
     assert set(server.repos) == {("model", "user/name"), ("dataset", "user/photos")}

@@ -25,9 +25,10 @@ from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import ClassificationReport
 from hotdog_hf.model import network, saved
 from hotdog_hf.report import gradcam
-from hotdog_hf.report.page import FILES, check_output_dir, image_uri, write_report
+from hotdog_hf.report.page import FILES, check_output_dir, write_report
 from hotdog_hf.report.runner import galleries, run_knobs, validation_cut
 from hotdog_hf.report.scores import _weighted, choose_threshold, label_order, normalise_rows, summarise
+from hotdog_hf.webpage import image_uri
 
 REPORT = ROOT / "scripts/report.py"
 HOSTILE = "<img src=x onerror=alert(1)>"

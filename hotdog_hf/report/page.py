@@ -1,63 +1,32 @@
 """One self-contained page, report.html, beside metrics.json and predictions.csv."""
 
-import base64
-import io
+import functools
 import json
-import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
+from matplotlib import pyplot as plt
 from sklearn import metrics as sk
 
 import hotdog_hf
-from hotdog_hf import templates
-from hotdog_hf.errors import UserError, printable
+from hotdog_hf import templates, webpage
+from hotdog_hf.errors import printable
 from hotdog_hf.files import replacing_folder, writing_to
 from hotdog_hf.metrics import CARD_METRICS, MAX_TABLE_CLASSES, most_confused
 from hotdog_hf.report.scores import CALIBRATION_BINS, RESAMPLES, confidence_bins, normalise_rows
 from hotdog_hf.training.records import write_predictions
-
-matplotlib.use("Agg")  # no window, even if there is a display
-from matplotlib import pyplot as plt
+from hotdog_hf.webpage import INK, SERIES
 
 FILES = ("metrics.json", "predictions.csv", "report.html")
-THUMBNAIL = 256
 METRIC_NAMES = CARD_METRICS | {
     "loss": "Log-loss",
     "brier": "Brier score",
     "calibration_error": "Expected calibration error",
     **{f"macro_{key}": f"{name}, mean over classes" for key, name in CARD_METRICS.items()},
 }
-# Placeholder colours, replaced by variables of the page's style sheet, which knows light from dark mode.
-INK, SERIES = "#010203", [f"#0102{10 + index}" for index in range(8)]
-
-
-def image_uri(image: Image.Image) -> str:
-    """Return a thumbnail as a JPEG data URI."""
-    image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def check_output_dir(output_dir: str | os.PathLike) -> Path:
-    """Return the folder to write; `UserError` if it holds anything but an earlier report."""
-    folder = Path(output_dir).resolve()
-    try:
-        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        has_report = names == set(FILES) and "hotdog_hf" in json.loads((folder / FILES[0]).read_text())
-        ours = has_report or not names
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
-        raise UserError(f"--output-dir {output_dir} holds something other than a report; give another folder")
-    return folder
+check_output_dir = functools.partial(webpage.check_output_dir, files=FILES, what="a report")
 
 
 def describe(summary: dict) -> str:
@@ -173,23 +142,4 @@ def _plots(
         axes.set(xlabel=f"Probability of {named}", ylabel="Photos", xlim=(0, 1))
         axes.yaxis.get_major_locator().set_params(integer=True)
 
-    return {draw.__name__: _svg(draw) for draw in (roc, precision_recall, reliability, histogram)}
-
-
-def _svg(draw: Callable[[plt.Axes], None]) -> Markup:
-    style = {"svg.fonttype": "none", "svg.hashsalt": draw.__name__, "font.size": 9, "lines.linewidth": 1.8}
-    style |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": INK}
-    buffer = io.StringIO()
-    with matplotlib.rc_context(style | {"grid.alpha": 0.12, "axes.axisbelow": True}):
-        figure, axes = plt.subplots(figsize=(4.4, 3.3), layout="constrained")
-        draw(axes)
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-        plt.close(figure)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")  # without the XML header
-    for number, colour in enumerate(SERIES):
-        svg = svg.replace(colour, f"var(--series-{number})")
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{draw.__name__}-", svg)  # four drawings in one page
-    return Markup(svg.replace("<svg", '<svg aria-hidden="true"', 1))
+    return {draw.__name__: webpage.svg(draw) for draw in (roc, precision_recall, reliability, histogram)}

@@ -1,0 +1,1 @@
+"""Trained runs compared with each other."""
