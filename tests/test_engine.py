@@ -194,3 +194,15 @@ def test_more_than_two_gigabytes_are_used_again_without_page_faults():
     done = run("python", "-c", FILL_TWICE)
     first, second = map(int, done.stdout.split())
     assert second < first / 100, done.stdout
+
+
+def test_the_next_run_of_a_study_starts_with_a_loss_scale_of_its_own():
+    accelerator = launch.build_accelerator("no", num_threads=1)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    fresh = accelerator.scaler.state_dict()
+    accelerator.scaler.scale(torch.ones(1))
+    accelerator.scaler.update(2.0)  # as after overflows
+    assert accelerator.scaler.state_dict() != fresh
+    launch.release(accelerator)
+    assert accelerator.scaler.state_dict() == fresh
+    accelerator.scaler = None

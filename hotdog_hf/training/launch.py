@@ -201,6 +201,8 @@ def release(accelerator: Accelerator) -> None:
     """Release what was prepared for one training run, before the next in the same process."""
     accelerator.free_memory()
     gc.collect()
+    if accelerator.scaler:  # its loss scale (fp16) is that of the run before
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
 
 
 def prepare(
