@@ -231,8 +231,8 @@ def test_shards_sorted_by_class_are_warned_of(photos_dir, shards, tmp_path, monk
         (shards, 9, 0),
     ):
         config = DataConfig(data_dir=str(folder), streaming=True, shuffle_buffer=buffer)
-        *_, summary = _read(config, 0, progress=False)
-        assert ("warning: the shards are sorted by class" in summary) == warned
+        _, found = _read(config, 0, progress=False, found=None)
+        assert ("warning: the shards are sorted by class" in found.summary) == warned
 
 
 def test_a_folder_of_photos_says_how_to_make_shards(photos_dir):
