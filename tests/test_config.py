@@ -47,8 +47,11 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--epochs 0", "--epochs needs --head-init probe or class-vector, got 0"),
-        ("--recipe frozen --epochs 0", "--epochs needs --head-init probe or class-vector, got 0"),
+        ("--epochs 0", "--epochs needs --head-init probe or source-probe or class-vector, got 0"),
+        (
+            "--recipe frozen --epochs 0",
+            "--epochs needs --head-init probe or source-probe or class-vector, got 0",
+        ),
         ("--recipe best --epochs -1", "--epochs must be 0 or more"),
         ("--augmentation none --cache-features", "--cache-features .* add --freeze-body"),
         ("--freeze-body --cache-features", "--augmentation must be none if features are cached"),
@@ -58,8 +61,14 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
             "--recipe class-vector --source-class cat=tabby 934",
             r"--source-class must be name=class, .*'934'\]",
         ),
-        ("--probe-views 2", "--probe-views needs --head-init probe and --augmentation crop .*, got 2"),
-        ("--recipe probe --probe-views 2", "--probe-views needs --head-init probe and --augmentation crop"),
+        (
+            "--probe-views 2",
+            "--probe-views needs --head-init probe or source-probe, and --augmentation crop .*, got 2",
+        ),
+        (
+            "--recipe probe --probe-views 2",
+            "--probe-views needs --head-init probe or source-probe, and --augmentation crop",
+        ),
         ("--recipe best --probe-views -1", "--probe-views must be 0 or more, got -1"),
         ("--recipe frozen --ema-decay 0.9", "--ema-decay does not work with --cache-features"),
     ],

@@ -1,11 +1,13 @@
 """Output layers that predict before training, and the recipes that start from them."""
 
 import csv
+import functools
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, network_inputs
+from conftest import TINY_MODEL, draw_photos, network_inputs
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -56,16 +58,28 @@ def answers_of(source, images, sources):
     return logits, net(images)
 
 
-@pytest.mark.parametrize("sources", [[934, None], [None, 934], [3, 934, 17], [0, None, 999]])
+@pytest.mark.parametrize(
+    "sources", [[(934,), None], [None, (934,)], [(3,), (934,), (17,)], [(0,), None, (999,)]]
+)
 def test_a_class_vector_gives_the_sources_own_logit(source, images, sources):
     logits, ours = answers_of(source, images, sources)
-    for column, index in enumerate(sources):
-        if index is not None:
-            torch.testing.assert_close(ours[:, column], logits[:, index], rtol=1e-5, atol=1e-5)
+    for column, indices in enumerate(sources):
+        if indices is not None:
+            torch.testing.assert_close(ours[:, column], logits[:, indices[0]], rtol=1e-5, atol=1e-5)
+
+
+def test_several_source_classes_of_one_class_give_a_bound_on_their_log_sum_exp(source, images):
+    logits, ours = answers_of(source, images, [(151, 152, 268), None])
+    dogs = logits[:, [151, 152, 268]].double()
+    gaps = dogs.logsumexp(dim=1) - ours[:, 0]
+    assert gaps.min() > -1e-5
+    q = dogs.mean(dim=0).softmax(dim=0)
+    torch.testing.assert_close(gaps.mean(), (dogs.logsumexp(dim=1) - (dogs @ q - q @ q.log())).mean())
+    assert (dogs.logsumexp(dim=1) - dogs.max(dim=1).values).mean() > gaps.mean() > 0
 
 
 def test_the_row_of_all_others_is_the_tightest_linear_bound_on_their_log_sum_exp(source, images):
-    logits, ours = answers_of(source, images, [934, None])
+    logits, ours = answers_of(source, images, [(934,), None])
     others = logits[:, [index for index in range(1000) if index != 934]].double()
     gaps = others.logsumexp(dim=1) - ours[:, 1]
     assert gaps.min() > -1e-5, "a lower bound on every photo"
@@ -85,7 +99,7 @@ def test_the_row_of_all_others_is_the_tightest_linear_bound_on_their_log_sum_exp
 def test_a_source_whose_every_class_is_ours_gives_its_whole_layer_in_our_order(source, images):
     head = source.get_classifier()
     features = np.zeros((4, head.in_features))
-    weight, bias = heads.class_vector_head(head, features, list(reversed(range(1000))))
+    weight, bias = heads.class_vector_head(head, features, [(index,) for index in reversed(range(1000))])
     assert np.array_equal(weight, head.weight.detach().numpy()[::-1])
     assert np.array_equal(bias, head.bias.detach().numpy()[::-1])
 
@@ -93,7 +107,7 @@ def test_a_source_whose_every_class_is_ours_gives_its_whole_layer_in_our_order(s
 def test_a_source_layer_without_bias_counts_as_zero():
     torch.manual_seed(0)
     head = torch.nn.Linear(5, 4, bias=False)
-    weight, bias = heads.class_vector_head(head, np.ones((3, 5)), [1, None])
+    weight, bias = heads.class_vector_head(head, np.ones((3, 5)), [(1,), None])
     logits = head.weight.detach().double().sum(dim=1)[[0, 2, 3]]
     assert np.array_equal(weight[0], head.weight.detach().numpy()[1]) and bias[0] == 0
     # Of equal photos the bound is the log-sum-exp itself.
@@ -103,24 +117,64 @@ def test_a_source_layer_without_bias_counts_as_zero():
 @pytest.mark.parametrize(
     ("ours", "given", "expected"),
     [
-        (OURS, [], [934, None]),
-        (OURS, ["hotdog=934"], [934, None]),
-        (OURS, ["hotdog=7", "not-hotdog=0"], [7, 0]),
-        (OURS, ["not-hotdog=cheeseburger"], [934, 933]),
-        (["Hot_Dog", "tiger cat", "TABBY"], [], [934, 282, 281]),
-        (["cat", "dog"], ["cat=tabby cat"], [281, None]),
-        (["cat", "dog"], ["dog=Siberian husky", "cat=Egyptian-cat"], [285, 250]),
-        (["a=b", "hotdog"], ["a=b=999"], [999, 934]),
+        (OURS, [], [(934,), None]),
+        (OURS, ["hotdog=934"], [(934,), None]),
+        (OURS, ["hotdog=7", "not-hotdog=0"], [(7,), (0,)]),
+        (OURS, ["not-hotdog=cheeseburger"], [(934,), (933,)]),
+        (["Hot_Dog", "tiger cat", "TABBY"], [], [(934,), (282,), (281,)]),
+        (["cat", "dog"], ["cat=tabby cat"], [(281,), None]),
+        (["cat", "dog"], ["dog=Siberian husky", "cat=Egyptian-cat"], [(285,), (250,)]),
+        (
+            ["cat", "dog"],
+            ["dog=151-154,tabby", "dog=268", "cat=Egyptian cat, 282"],
+            [(285, 282), (151, 152, 153, 154, 281, 268)],
+        ),
+        (["a=b", "hotdog"], ["a=b=999"], [(999,), (934,)]),
     ],
 )
 def test_source_classes_are_found_by_name_or_index(source, ours, given, expected):
     assert heads.match_classes(source, ours, given) == expected
 
 
+@pytest.mark.parametrize(
+    ("head_init", "ours", "given"),
+    [
+        ("source-probe", ["pie", "stew", "hotdog"], []),
+        ("source-probe", OURS, ["auto"]),
+        ("class-vector", OURS, ["auto"]),
+    ],
+)
+def test_source_classes_may_be_left_to_the_photos(source, head_init, ours, given):
+    assert heads.match_classes(source, ours, given, head_init) is None
+
+
+def test_source_classes_are_described_by_name(source):
+    said = heads.describe_sources(source, OURS, [(934,), None])
+    assert said == "source classes: hotdog = hotdog, not-hotdog = all others"
+    said = heads.describe_sources(source, ["cat", "dog"], [(281, 285), tuple(range(151, 269))])
+    assert said == "source classes: cat = tabby + egyptian cat, dog = 118 classes"
+
+
+def test_source_classes_that_the_photos_look_like():
+    """Photos of our class 0 are the source's class 3 or 4, those of class 1 its class 0."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 6)
+    with torch.no_grad():
+        head.weight.copy_(8 * torch.eye(6))
+    labels = np.repeat([0, 1], 10)
+    features = np.eye(6)[np.r_[[3, 4] * 5, [0] * 10]]
+    weight, bias = heads.similar_head(head, features, labels)
+    assert ((features @ weight.T + bias).argmax(axis=1) == labels).all()
+    assert weight[0].argsort()[-2:].tolist() in ([3, 4], [4, 3]) and weight[1].argmax() == 0
+
+
 def test_a_saved_models_own_names_are_found(source):
     saved = network.replace_head(source, ["Chili dog", "hot_dog", "salad"], network.data_config_of(source))
-    assert heads.match_classes(saved, ["hot-dog", "not-hotdog"], []) == [1, None]
-    assert heads.match_classes(saved, OURS, ["hotdog=chili-dog", "not-hotdog=2"]) == [0, 2]
+    assert heads.match_classes(saved, ["hot-dog", "not-hotdog"], []) == [(1,), None]
+    assert heads.match_classes(saved, OURS, ["hotdog=chili-dog", "not-hotdog=2"]) == [
+        (0,),
+        (2,),
+    ]
     with pytest.raises(UserError, match="--source-class hotdog=934: the source has no class '934'"):
         heads.match_classes(saved, OURS, ["hotdog=934"])
     more = ["chili dog", "hot dog", "salad", "stew"]
@@ -143,9 +197,13 @@ def test_a_saved_models_own_names_are_found(source):
         (OURS, ["hotdog=²"], "--source-class hotdog=²: the source has no class '²'"),
         (OURS, ["hotdog="], "--source-class hotdog=: the source has no class ''"),
         (OURS, ["hotdog=hotdgo"], "--source-class hotdog=hotdgo: the source has no class 'hotdgo'"),
+        (OURS, ["hotdog=5-1"], "--source-class hotdog=5-1: the source has no class '5-1'"),
+        (OURS, ["hotdog=990-1000"], "--source-class hotdog=990-1000: the source has no class '990-1000'"),
+        (OURS, ["hotdog=1,hotdgo"], "--source-class hotdog=1,hotdgo: the source has no class 'hotdgo'"),
+        (["a", "b"], ["a=1-3", "b=3-5"], r"two classes share one source class: .*'b': \[3, 4, 5\]"),
         (["pie", "hotdog", "stew"], [], "finds no source class for pie, stew; .* --source-class pie="),
         (["pie", "stew"], [], "finds no source class for pie, stew; .* --source-class pie="),
-        (OURS, ["not-hotdog=red hot"], "two classes share one source class: .*'not-hotdog': 934"),
+        (OURS, ["not-hotdog=red hot"], "two classes share one source class: .*'not-hotdog': .934"),
     ],
 )
 def test_what_cannot_be_matched_is_named(source, ours, given, message):
@@ -210,13 +268,26 @@ def test_views_are_learned_from():
 
 
 @pytest.mark.filterwarnings("error")  # scikit-learn's, of a fold without a class
-def test_a_probe_needs_two_photos_of_every_class():
+@pytest.mark.parametrize("photos_of_the_last", [2, 1])
+def test_a_probe_takes_classes_of_two_photos_and_of_one(photos_of_the_last):
     features, labels = features_of(3)
-    few = np.r_[0:20, 20:40, 40:42]
-    weight, _ = heads.probe_head(features[few], labels[few], seed=0)
-    assert np.isfinite(weight).all()
-    with pytest.raises(UserError, match="--head-init probe needs at least 2 training photos of every class"):
-        heads.probe_head(features[few[:-1]], labels[few[:-1]], seed=0)
+    features /= features.std(axis=0)
+    few = np.r_[0:20, 20:40, 40 : 40 + photos_of_the_last]
+    weight, bias = heads.probe_head(features[few], labels[few], seed=0)
+    assert np.isfinite(weight).all() and np.isfinite(bias).all()
+    answers = (features @ weight.T + bias).argmax(axis=1)
+    assert (answers == labels)[:40].mean() > 0.6
+
+
+def test_balanced_classes_count_the_same_in_a_probe():
+    features, labels = features_of(2, photos=100)
+    few = np.r_[0:100, 100:110]
+
+    def recall(balanced):
+        weight, bias = heads.probe_head(features[few], labels[few], 0, balanced=balanced)
+        return ((features @ weight.T + bias).argmax(axis=1) == 1)[110:].mean()
+
+    assert recall(True) > recall(False) + 0.1
 
 
 def test_a_feature_that_is_the_same_on_every_photo_takes_no_part():
@@ -287,3 +358,57 @@ def test_the_best_recipe_keeps_the_better_of_start_and_end(tiny_weights, photos_
     photos = load_photos(photos_dir, val_fraction=0.3)
     assert_scores(rows[kept], "validation", scores_of(tmp_path / "run", photos["validation"]))
     assert_scores(final, "test", scores_of(tmp_path / "run", photos["test"]))
+
+
+def lines_of(capsys):
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_source_probe_starts_from_the_classes_it_names(tiny_weights, photos_dir, tmp_path, capsys):
+    """With weights by chance the source knows nothing: what counts is that its rows have been asked."""
+    flags = ("--recipe", "source-probe", "--source-class")
+    train_here(tiny_weights, photos_dir, tmp_path / "named", *flags, "hotdog=934,3")
+    assert "source classes: hotdog = hotdog + tiger shark, not-hotdog = all others" in lines_of(capsys)
+    train_here(tiny_weights, photos_dir, tmp_path / "found", *flags, "auto")
+    assert "source classes: those that the training photos look like" in lines_of(capsys)
+    photos, source = load_photos(photos_dir), create_source(TINY_MODEL, str(tiny_weights)).eval()
+    for name, sources in (("named", [(934, 3), None]), ("found", None)):
+        zero, final = numbers_of(tmp_path / name)
+        assert_scores(zero, "train", scores_of(tmp_path / name, photos["train"]))
+        assert_scores(final, "test", scores_of(tmp_path / name, photos["test"]))
+        net = load_model(tmp_path / name / "model")
+        images, labels = photos_as(net, photos["train"])
+        with torch.no_grad():
+            features = net.forward_head(net.forward_features(images), pre_logits=True).numpy()
+        prior_of = functools.partial(heads.source_prior, source.get_classifier(), sources)
+        expected = heads.fit_regression(features, labels.numpy(), prior_of, seed=0)
+        ours = net.get_classifier().weight.detach().numpy()
+        np.testing.assert_allclose(ours, expected.weight, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["probe", "source-probe"])
+def test_a_single_photo_of_a_class_is_enough(tiny_weights, photos_dir, tmp_path, capsys, recipe):
+    draw_photos(tmp_path / "photos/train", {"hotdog": 1, "not-hotdog": 3})
+    shutil.copytree(photos_dir / "test", tmp_path / "photos/test")
+    train_here(tiny_weights, tmp_path / "photos", tmp_path / "run", "--recipe", recipe)
+    assert any(line.startswith("warning: one training photo of hotdog:") for line in lines_of(capsys))
+    assert numbers_of(tmp_path / "run")[-1]["train_accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"), [("frozen", ("--epochs", 1)), ("class-vector", ("--epochs", 0))]
+)
+def test_balanced_class_weights_make_the_loss_the_mean_over_classes(
+    tiny_weights, photos_dir, tmp_path, recipe, flags
+):
+    draw_photos(tmp_path / "photos/train", {"hotdog": 12, "not-hotdog": 3})
+    shutil.copytree(photos_dir / "test", tmp_path / "photos/test")
+    flags = ("--recipe", recipe, "--class-weights", "balanced", "--learning-rate", 1e-12, *flags)
+    train_here(tiny_weights, tmp_path / "photos", tmp_path / "run", *flags)
+    net = load_model(tmp_path / "run/model")
+    images, labels = photos_as(net, load_photos(tmp_path / "photos")["train"])
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(net(images).double(), labels, reduction="none")
+    expected = np.mean([losses[labels == label].mean().item() for label in (0, 1)])
+    assert numbers_of(tmp_path / "run")[0]["train_loss"] == pytest.approx(expected, rel=1e-4)
+    assert abs(losses.mean() - expected) > 1e-3 * expected

@@ -33,6 +33,8 @@ def test_two_classes_agree_with_scikit_learn_for_the_named_class(positive):
         {
             "accuracy": sk.accuracy_score(labels, chosen),
             "loss": sk.log_loss(labels, scores),
+            "balanced_accuracy": sk.balanced_accuracy_score(labels, chosen),
+            "balanced_loss": np.mean([-np.log(scores[labels == label, label]).mean() for label in (0, 1)]),
             "precision": sk.precision_score(labels, chosen, pos_label=index),
             "recall": sk.recall_score(labels, chosen, pos_label=index),
             "f1": sk.f1_score(labels, chosen, pos_label=index),
@@ -53,6 +55,7 @@ def test_beyond_two_classes_the_means_over_classes_are_macro_values():
         sk.roc_auc_score(labels, scores, multi_class="ovr"), rel=1e-5
     )
     assert values["recall"] == pytest.approx(sk.recall_score(labels == 1, chosen == 1))
+    assert values["balanced_accuracy"] == pytest.approx(values["macro_recall"])
 
 
 def test_without_a_positive_class_there_are_macro_values_only():
@@ -164,3 +167,10 @@ def test_an_epoch_is_better_by_its_loss_but_not_below_the_accuracy_of_a_solved_h
     ranked = [quality(scores, start) for scores in (worse, start, better)]
     assert ranked == sorted(ranked) and ranked[0] < ranked[1] < ranked[2]
     assert quality(worse) > quality(better)
+
+
+def test_balanced_an_epoch_is_better_by_the_loss_of_classes_that_count_the_same():
+    start = {"accuracy": 0.9, "loss": 0.3, "balanced_accuracy": 0.5, "balanced_loss": 0.9}
+    rare = {"accuracy": 0.8, "loss": 0.4, "balanced_accuracy": 0.7, "balanced_loss": 0.6}
+    assert quality(rare, start, balanced=True) > quality(start, start, balanced=True)
+    assert quality(rare, start) < quality(start, start)

@@ -260,13 +260,13 @@ def test_the_source_alone_is_judged_by_a_threshold_from_train():
         "train": Seen([2.0, 1.0, 0.5, -1.0], [0, 0, 1, 1]),
         "test": Seen([1.5, 0.8, 0.9, -2.0], [0, 0, 1, 1]),
     }
-    answer = zero_shot(seen, head, source_class=0, positive=0)
+    answer = zero_shot(seen, head, source_classes=(0,), positive=0)
     assert answer["threshold"] == pytest.approx(1 / (1 + np.exp(-1.0)))
     assert answer["accuracy"] == 0.75 and answer["roc_auc"] == 0.75
     # As many thresholds as photos: tried one by one they would take a minute.
     many = np.random.default_rng(0).normal(size=50_000).astype(np.float32)
     seen["train"] = Seen(many, (many < 0.3).astype(int))
-    assert zero_shot(seen, head, source_class=0, positive=0)["threshold"] == pytest.approx(
+    assert zero_shot(seen, head, source_classes=(0,), positive=0)["threshold"] == pytest.approx(
         1 / (1 + np.exp(-many[many >= 0.3].min())), abs=1e-4
     )
 

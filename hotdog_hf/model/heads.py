@@ -1,5 +1,6 @@
 """Fitted output layers: a logistic regression, or the source classifier's own vectors."""
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -8,12 +9,17 @@ import scipy.special
 import timm.data
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.errors import UserError
+from hotdog_hf.model.regression import Layer, Prior, fit_regression
+
+# Rows of the source's output layer that stand for one of our classes; None: all those of no other class.
+SourceClasses = tuple[int, ...] | None
 
 PROBE_FOLDS = 5
 # Inverse regularisation strengths to choose from, for standardised features.
@@ -26,18 +32,39 @@ def fit_head(
     split_features: FeatureDataset,
     views: Sequence[FeatureDataset],
     source_head: torch.nn.Linear,
-    source_classes: Sequence[int | None] | None,
+    sources: Sequence[SourceClasses] | None,
+    balanced: bool = False,
 ) -> None:
     """Fit the output layer to the training photos' features, as `head_init` says.
 
-    `split_features` are of the photos as in evaluation, each of `views` of one random crop per photo.
+    `split_features` has the photos as in evaluation, each of `views` a random crop of every one of them;
+    `sources` are the source classes of ours, None: those that the photos look like. `balanced` weights the
+    photos so that every class counts the same.
     """
-    features = split_features.features.numpy()
+    features, labels = split_features.features.numpy(), split_features.labels
+    crops = [view.features.numpy() for view in views]
     if head_init == "probe":
-        crops = [view.features.numpy() for view in views]
-        set_head(net, *probe_head(features, split_features.labels, split_features.seed, crops))
+        layer = probe_head(features, labels, split_features.seed, crops, balanced)
+    elif head_init == "source-probe":
+        prior_of = functools.partial(source_prior, source_head, sources)
+        weights = class_weights(np.bincount(labels)) if balanced else None
+        layer = fit_regression(features, labels, prior_of, split_features.seed, crops, weights)
+    elif sources is None:
+        layer = similar_head(source_head, features, labels)
     else:
-        set_head(net, *class_vector_head(source_head, features, source_classes))
+        layer = class_vector_head(source_head, features, sources)
+    set_head(net, *layer)
+
+
+def single_photo_warning(head_init: str, counts: dict[str, int]) -> str | None:
+    """Say what a probe does if a class has a single photo, by the photos of each class; None if none has."""
+    single = [name for name, count in counts.items() if count == 1]
+    if not single or head_init not in ("probe", "source-probe"):
+        return None
+    return (
+        f"warning: one training photo of {', '.join(single)}: without cross-validation the strength of the"
+        " penalty is a fixed one; with two photos or more of every class it is chosen"
+    )
 
 
 def set_head(net: torch.nn.Module, weight: np.ndarray, bias: np.ndarray) -> None:
@@ -49,26 +76,36 @@ def set_head(net: torch.nn.Module, weight: np.ndarray, bias: np.ndarray) -> None
 
 
 def probe_head(
-    features: np.ndarray, labels: np.ndarray, seed: int, views: Sequence[np.ndarray] = ()
+    features: np.ndarray,
+    labels: np.ndarray,
+    seed: int,
+    views: Sequence[np.ndarray] = (),
+    balanced: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit the output layer: weight [classes, D] and bias [classes] of a logistic regression.
 
-    Fitted to features [N, D], and to `views` of the same photos [N, D] each, standardised by their mean and
-    deviation, which are then folded into the layer. The L2 penalty is the one with the lowest log-loss in
-    stratified cross-validation, evaluated on the `features` of photos of which no view was used to fit.
-    Raises `UserError` if a class has a single photo.
+    On features [N, D], and on `views` of the same photos [N, D] each, standardised with their own mean and
+    deviation, which are then folded into the layer. The strength of the L2 penalty is that of the lowest
+    log-loss in stratified cross-validation, which scores by the `features` of photos of which no view was
+    learned. With a single photo of some class there are no folds, and nothing to standardise by: the features
+    are centred, and the penalty is `regression.UNTESTED_STRENGTH`. `balanced` weights the photos, in the loss
+    and in the cross-validation, so that every class counts the same.
     """
-    fewest = int(np.bincount(labels).min())
+    counts = np.bincount(labels)
+    fewest = int(counts.min())
+    weights = class_weights(counts) if balanced else None
     if fewest < 2:
-        raise UserError("--head-init probe needs at least 2 training photos of every class")
-    # Newton's method without the D x D matrix, solving which took most of a probe's time.
-    regression = LogisticRegression(solver="newton-cg", tol=1e-6, max_iter=5000)
+        return fit_regression(features, labels, lambda *_: None, seed, views, weights)
+    # Newton's method without its matrix of D x D, whose solution took most of a probe's time.
+    weighting = dict(enumerate(weights)) if balanced else None
+    regression = LogisticRegression(solver="newton-cg", tol=1e-6, max_iter=5000, class_weight=weighting)
     pipeline = make_pipeline(StandardScaler(), regression)
     split = StratifiedKFold(min(PROBE_FOLDS, fewest), shuffle=True, random_state=seed).split(labels, labels)
     starts = np.arange(1 + len(views))[:, None] * len(labels)
     folds = [((starts + fitted).ravel(), held_out) for fitted, held_out in split]
     strengths = {"logisticregression__C": PROBE_STRENGTHS}
-    search = GridSearchCV(pipeline, strengths, scoring="neg_log_loss", cv=folds)
+    scoring = functools.partial(_score, weights=weights) if balanced else "neg_log_loss"
+    search = GridSearchCV(pipeline, strengths, scoring=scoring, cv=folds)
     everything = np.concatenate([features, *views]).astype(np.float64)
     scaler, regression = search.fit(everything, np.tile(labels, 1 + len(views))).best_estimator_
     weight = regression.coef_ / scaler.scale_
@@ -78,65 +115,159 @@ def probe_head(
     return weight, bias
 
 
+def _score(pipeline: Pipeline, features: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
+    """Return the negative log-loss with a weight for each class."""
+    return -log_loss(labels, pipeline.predict_proba(features), sample_weight=weights[labels])
+
+
+def class_weights(counts: np.ndarray) -> np.ndarray:
+    """Return the weight of each class's photos that lets all classes count the same; 1 on average."""
+    return counts.sum() / (len(counts) * counts)
+
+
 def class_vector_head(
-    source_head: torch.nn.Linear, features: np.ndarray, sources: Sequence[int | None]
-) -> tuple[np.ndarray, np.ndarray]:
+    source_head: torch.nn.Linear, features: np.ndarray, sources: Sequence[SourceClasses]
+) -> Layer:
     """Build the output layer of the source classifier's own rows (Dive into Deep Learning, 14.2, exercise 4).
 
-    Class i gets row `sources[i]` of `source_head`, weight and bias, so that its logit is the source's own.
-    At most one class has none (None): it stands for all other source classes. The small softmax would agree
-    with the source's if its logit were the log-sum-exp of theirs, which is not linear; for every
-    distribution q over them it is at least sum(q z) + entropy(q), a linear layer (Gibbs' inequality).
-    Averaged over the training photos' features [N, D] that bound is tightest at q = softmax(mean of z), which
-    is used. The plain mean of the rows is the bound for a uniform q: it counts a teapot as much as a
-    cheeseburger.
+    Class i gets the rows `sources[i]` of `source_head`; if it is a single one, its logit is the source's own.
+    The one class that may have none (None) stands for all other source classes. What makes the small softmax
+    agree with the source's is the log-sum-exp of their logits, which is not linear; for every distribution q
+    over them it is at least sum(q z) + entropy(q), a linear layer (Gibbs' inequality). Averaged over the
+    training photos' features [N, D] that bound is tightest at q = softmax(mean of z), which is used. The
+    plain mean of the rows is the bound for a uniform q: it counts a teapot as much as a cheeseburger.
     """
-    rows = source_head.weight.detach().cpu().numpy().astype(np.float64)
-    biases = np.zeros(len(rows))
-    if source_head.bias is not None:
-        biases = source_head.bias.detach().cpu().numpy().astype(np.float64)
-    if None in sources:
-        taken = [index for index in sources if index is not None]
-        others = np.setdiff1d(np.arange(len(rows)), taken)
-        mean_logits = rows[others] @ features.mean(axis=0) + biases[others]
-        share = scipy.special.softmax(mean_logits)
-        rest = share @ rows[others], share @ biases[others] + scipy.special.entr(share).sum()
-    chosen = [rest if index is None else (rows[index], biases[index]) for index in sources]
-    return np.stack([weight for weight, _ in chosen]), np.array([bias for _, bias in chosen])
+    rows, biases = _layer_of(source_head)
+    taken = [index for indices in sources for index in indices or ()]
+    others = np.setdiff1d(np.arange(len(rows)), taken)
+    mean, chosen = features.mean(axis=0), []
+    for indices in sources:
+        indices = others if indices is None else np.array(indices)
+        chosen.append(_bound(rows[indices], biases[indices], mean))
+    return Layer(np.stack([weight for weight, _ in chosen]), np.array([bias for _, bias in chosen]))
+
+
+def similar_head(source_head: torch.nn.Linear, features: np.ndarray, labels: np.ndarray) -> Layer:
+    """Build an output layer of the source classes that the photos of each of ours look like.
+
+    The idea is LEEP's (arXiv 2002.12462): what the source says of a class's photos tells which of its
+    classes stand for it. Each class gets the bound of `class_vector_head` over all rows of the source, with
+    q = softmax(mean of z over the photos of the class), which is tightest for those.
+    """
+    rows, biases = _layer_of(source_head)
+    means = [features[labels == label].mean(axis=0) for label in range(labels.max() + 1)]
+    chosen = [_bound(rows, biases, mean) for mean in means]
+    return Layer(np.stack([weight for weight, _ in chosen]), np.array([bias for _, bias in chosen]))
+
+
+def source_prior(
+    source_head: torch.nn.Linear,
+    sources: Sequence[SourceClasses] | None,
+    features: np.ndarray,
+    labels: np.ndarray,
+) -> Prior:
+    """Return what the source says of our classes, for `fit_regression`.
+
+    Logits of source classes that were named are the source's own and need no bias; those of classes found by
+    the photos depend on how many rows share in them.
+    """
+    if sources is None:
+        return Prior(similar_head(source_head, features, labels), calibrated=False)
+    return Prior(class_vector_head(source_head, features, sources), calibrated=True)
+
+
+def _layer_of(head: torch.nn.Linear) -> Layer:
+    weight = head.weight.detach().cpu().numpy().astype(np.float64)
+    bias = np.zeros(len(weight)) if head.bias is None else head.bias.detach().cpu().numpy().astype(np.float64)
+    return Layer(weight, bias)
+
+
+def _bound(rows: np.ndarray, biases: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the linear bound on the log-sum-exp of these rows, tightest at the `mean` features."""
+    if len(rows) == 1:
+        return rows[0], biases[0]
+    share = scipy.special.softmax(rows @ mean + biases)
+    return share @ rows, share @ biases + scipy.special.entr(share).sum()
 
 
 def match_classes(
-    source: torch.nn.Module, label_names: Sequence[str], given: Sequence[str]
-) -> list[int | None]:
-    """Return the source class of each class: the one given as "name=class", else the one with the same name.
+    source: torch.nn.Module,
+    label_names: Sequence[str],
+    given: Sequence[str],
+    head_init: str = "class-vector",
+) -> list[SourceClasses] | None:
+    """Return the source classes of each of ours: those given as "name=class", else the one of the same name.
 
-    A class is an index or a name of the source (ImageNet's, or a saved model's own). One class may have none.
-    Raises `UserError` for classes that cannot be matched.
+    A class is an index, a range of them (151-268), or a name of the source (ImageNet's, or a saved model's
+    own); commas separate several. One class may have none. Returns None if the training photos are to find
+    them: for "auto", and for head_init "source-probe" if several of ours have no source class. Raises
+    `UserError` for what cannot be matched.
     """
+    if "auto" in given:
+        return None
     known = _source_names(source)
-    chosen = {name: known.get(_plain(name)) for name in label_names}
+    chosen = {name: (known[_plain(name)],) if _plain(name) in known else () for name in label_names}
+    asked: dict[str, tuple[int, ...]] = {}
     for entry in given:
         name, _, value = entry.rpartition("=")
         if name not in chosen:
             raise UserError(
                 f"--source-class {entry}: {name!r} is none of the classes {', '.join(label_names)}"
             )
-        index = int(value) if value.isdecimal() else known.get(_plain(value))
-        if index is None or index >= source.num_classes:
-            raise UserError(f"--source-class {entry}: the source has no class {value!r}")
-        chosen[name] = index
-    found = [index for index in chosen.values() if index is not None]
-    unmatched = [name for name, index in chosen.items() if index is None]
+        asked[name] = asked.get(name, ()) + _indices(entry, value, known, source.num_classes)
+    chosen |= {name: tuple(dict.fromkeys(indices)) for name, indices in asked.items()}
+    found = [index for indices in chosen.values() for index in indices]
+    unmatched = [name for name, indices in chosen.items() if not indices]
     if not found or len(unmatched) > 1:
+        if head_init == "source-probe" and not given:
+            return None
         raise UserError(
-            f"--head-init class-vector finds no source class for {', '.join(unmatched)}; name them, as in"
-            f" --source-class {unmatched[0]}=934 (one class may stand for all the others)"
+            f"--head-init {head_init} finds no source class for {', '.join(unmatched)}; name them, as in"
+            f" --source-class {unmatched[0]}=934 (one class may stand for all the others), or let the"
+            " training photos find them: --source-class auto"
         )
     if len(set(found)) < len(found):
-        raise UserError(f"--source-class: two classes share one source class: {chosen}")
+        twice = {name: list(indices) for name, indices in chosen.items()}
+        raise UserError(f"--source-class: two classes share one source class: {twice}")
     if unmatched and len(found) == source.num_classes:
-        raise UserError(f"--head-init class-vector: no source class is left to stand for {unmatched[0]}")
-    return list(chosen.values())
+        raise UserError(f"--head-init {head_init}: no source class is left to stand for {unmatched[0]}")
+    return [indices or None for indices in chosen.values()]
+
+
+def _indices(entry: str, value: str, known: dict[str, int], num_classes: int) -> tuple[int, ...]:
+    """Return the source classes that a value means: "934", "151-268", "tabby", or several with commas."""
+    indices: list[int] = []
+    for part in [value] if _plain(value) in known else value.split(","):
+        span = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        if span:
+            first, last = int(span[1]), int(span[2] or span[1])
+            part_indices = range(first, last + 1)
+        else:
+            index = known.get(_plain(part))
+            part_indices = [] if index is None else [index]
+        if not part_indices or max(part_indices) >= num_classes:
+            raise UserError(f"--source-class {entry}: the source has no class {part!r}")
+        indices += part_indices
+    return tuple(indices)
+
+
+def describe_sources(
+    source: torch.nn.Module, label_names: Sequence[str], sources: Sequence[SourceClasses] | None
+) -> str:
+    """Return a line that says which source classes stand for ours."""
+    if sources is None:
+        return "source classes: those that the training photos look like"
+    names = {index: name for name, index in reversed(_source_names(source).items())}
+
+    def describe(indices: SourceClasses) -> str:
+        if indices is None:
+            return "all others"
+        if len(indices) > 3:
+            return f"{len(indices)} classes"
+        return " + ".join(names.get(index, str(index)) for index in indices)
+
+    pairs = [f"{name} = {describe(indices)}" for name, indices in zip(label_names, sources, strict=True)]
+    return f"source classes: {', '.join(pairs)}"
 
 
 def _source_names(source: torch.nn.Module) -> dict[str, int]:

@@ -22,6 +22,8 @@ from hotdog_hf.webpage import INK, SERIES
 FILES = ("metrics.json", "predictions.csv", "report.html")
 METRIC_NAMES = CARD_METRICS | {
     "loss": "Log-loss",
+    "balanced_accuracy": "Accuracy, mean over classes",
+    "balanced_loss": "Log-loss, mean over classes",
     "brier": "Brier score",
     "calibration_error": "Expected calibration error",
     **{f"macro_{key}": f"{name}, mean over classes" for key, name in CARD_METRICS.items()},

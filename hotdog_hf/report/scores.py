@@ -6,7 +6,7 @@ import numpy as np
 from sklearn import metrics as sk
 
 from hotdog_hf.errors import UserError
-from hotdog_hf.metrics import ClassificationReport, class_scores, sum_by
+from hotdog_hf.metrics import ClassificationReport, balanced_scores, class_scores, sum_by
 
 CALIBRATION_BINS = 15
 RESAMPLES = 1000
@@ -96,6 +96,7 @@ def _weighted(
     }
     macro = positive is None or classes > 2
     by_resample = np.ascontiguousarray(weights.T)
+    values |= balanced_scores(scores, labels, by_resample)
     columns = class_scores(scores, labels, by_resample, None if macro else positive)
     if positive is not None:
         values |= {name: column[positive if macro else 0] for name, column in columns.items()}

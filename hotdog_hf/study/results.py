@@ -133,9 +133,12 @@ def _right(folder: Path) -> np.ndarray:
 
 
 def zero_shot(
-    split_features: dict[str, FeatureDataset], source_head: torch.nn.Module, source_class: int, positive: int
+    split_features: dict[str, FeatureDataset],
+    source_head: torch.nn.Module,
+    source_classes: tuple[int, ...],
+    positive: int,
 ) -> dict:
-    """Evaluate the source's own class before any training: accuracy and ROC-AUC on test.
+    """Evaluate the source's own classes before any training: accuracy and ROC-AUC on test.
 
     `split_features` has the features of train and test; the threshold on the probability is the one with the
     highest accuracy on train.
@@ -143,7 +146,7 @@ def zero_shot(
     with torch.no_grad():
         head = source_head.cpu()
         scores = {
-            split: head(s.features).softmax(dim=1)[:, source_class].numpy()
+            split: head(s.features).softmax(dim=1)[:, list(source_classes)].sum(dim=1).numpy()
             for split, s in split_features.items()
         }
     truth = {split: s.labels == positive for split, s in split_features.items()}

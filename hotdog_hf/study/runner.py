@@ -138,7 +138,9 @@ def train_missing(study: Study, accelerator: Accelerator, stop: launch.StopSigna
     return None
 
 
-def match_source(config: ReproduceConfig, photos: Photos) -> tuple[torch.nn.Module, list[int | None]]:
+def match_source(
+    config: ReproduceConfig, photos: Photos
+) -> tuple[torch.nn.Module, list[heads.SourceClasses] | None]:
     """Return the source classifier, and which of its classes correspond to ours."""
     source = load_source(config.model, config.weights, config.image_size)
     return source, heads.match_classes(source, photos.label_names, config.source_class)
@@ -151,7 +153,7 @@ def ask_source(study: Study, accelerator: Accelerator) -> dict | None:
     config, label_names = study.config, study.photos.label_names
     source, classes = match_source(config, study.photos)
     positive = label_names.index(resolve_positive(label_names, config.positive_label) or label_names[0])
-    if classes[positive] is None:
+    if classes is None or classes[positive] is None:
         return None
     source = source.to(accelerator.device, memory_format=transforms.MEMORY_FORMAT)
     data_config = source_data_config(source, "chapter", config.image_size)

@@ -161,6 +161,8 @@ def _results(label_names: list[str], scores: dict, positive_label: str | None, t
         for key, label in CARD_METRICS.items()
         if f"test_macro_{key}" in scores
     ]
+    if "test_balanced_accuracy" in scores:
+        rows.insert(1, f"| Accuracy, mean over classes | {scores['test_balanced_accuracy']:.4f} |")
     if len(label_names) > MAX_TABLE_CLASSES:
         confusion = ["\n| true class | predicted as | photos |\n| --- | --- | --- |"]
         confusion += [

@@ -115,6 +115,7 @@ def forward_backward(
             loss = F.cross_entropy(
                 logits,
                 labels,
+                weight=state.class_weights,
                 reduction="sum",
                 ignore_index=IGNORED_LABEL,
                 label_smoothing=config.label_smoothing,
@@ -232,11 +233,14 @@ def totals_of(
     head: torch.nn.Module,
     split_features: FeatureDataset,
     label_smoothing: float = 0.0,
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return totals [3], as `train_steps` counts them, of a head on features that every process has."""
     labels = torch.as_tensor(split_features.labels, device=accelerator.device)
     logits = head(split_features.features.to(accelerator.device))
-    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    loss = F.cross_entropy(
+        logits, labels, weight=class_weights, reduction="sum", label_smoothing=label_smoothing
+    )
     totals = _batch_totals(loss, logits, labels)
     return totals / accelerator.num_processes
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
-from hotdog_hf.config import FITTED_HEADS, TrainConfig
+from hotdog_hf.config import FITTED_HEADS, SOURCE_HEADS, TrainConfig
 from hotdog_hf.data import loaders, stream, transforms
 from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import Photos, resolve_positive
@@ -109,7 +110,7 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Job:
         train_loader=train_loader,
         eval_loaders=eval_loaders,
         metric=ClassificationReport(photos.label_names, positive_label),
-        state=build_state(config, accelerator, model, len(train_loader) * config.optim.epochs),
+        state=build_state(config, accelerator, photos, model, len(train_loader) * config.optim.epochs),
     )
 
 
@@ -125,8 +126,10 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
     accelerator.print(f"source head: {network.describe_head(source)}")
     data_config = source_data_config(source, config.data.preprocessing, image_size)
     source_head, source_classes = source.get_classifier(), None
-    if head_init == "class-vector":
-        source_classes = heads.match_classes(source, photos.label_names, config.model.source_class)
+    if head_init in SOURCE_HEADS:
+        given = config.model.source_class
+        source_classes = heads.match_classes(source, photos.label_names, given, head_init)
+        accelerator.print(heads.describe_sources(source, photos.label_names, source_classes))
     net = network.replace_head(source, photos.label_names, data_config, head_init)
     net = net.to(accelerator.device, memory_format=transforms.MEMORY_FORMAT)
     accelerator.print(f"target head: {network.describe_head(net)}")
@@ -140,9 +143,12 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
     split_features = {split: extractor.split(split, seed) for split in feature_splits}
     if fitted:
         views = extractor.crops("train", config.model.probe_views, config.data.min_crop_area, seed)
+        if warning := heads.single_photo_warning(head_init, photos.counts()["train"]):
+            accelerator.print(warning)
+        balanced = config.optim.class_weights == "balanced"
         # One process computes, as its copies of the features in float64 are several times as large.
         fit = functools.partial(heads.fit_head, net, head_init, split_features["train"], views)
-        launch.run_on_main(accelerator, functools.partial(fit, source_head, source_classes))
+        launch.run_on_main(accelerator, functools.partial(fit, source_head, source_classes, balanced))
         sharding.broadcast_state(net.get_classifier())
     trainable = net.get_classifier() if config.model.cache_features else net
     license = choose_license(config.hub.license, source_license)
@@ -200,7 +206,7 @@ def build_eval_loaders(
 
 
 def build_state(
-    config: TrainConfig, accelerator: Accelerator, model: BuiltModel, total_steps: int
+    config: TrainConfig, accelerator: Accelerator, photos: Photos, model: BuiltModel, total_steps: int
 ) -> TrainState:
     """Return network, optimizer and schedule, prepared for the launch; prints the parameter groups."""
     net, trainable, knobs = model.net, model.trainable, config.optim
@@ -216,15 +222,18 @@ def build_state(
     fused = optim.use_fused(accelerator)
     optimizer = optim.build_optimizer(groups, knobs.optimizer, knobs.momentum, fused=fused)
     schedule = optim.build_schedule(optimizer, knobs.schedule, total_steps, knobs.warmup_fraction)
-    progress, totals = Progress(), torch.zeros(3, device=accelerator.device)
+    progress, totals, weights = Progress(), torch.zeros(3, device=accelerator.device), None
+    if knobs.class_weights == "balanced":
+        weights = heads.class_weights(np.array(list(photos.counts()["train"].values())))
+        weights = torch.tensor(weights, dtype=torch.float32, device=accelerator.device)
     if config.model.head_init in FITTED_HEADS:
         progress.epoch = 0
         train_features, smoothing = model.split_features["train"], knobs.label_smoothing
-        totals = engine.totals_of(accelerator, net.get_classifier(), train_features, smoothing)
+        totals = engine.totals_of(accelerator, net.get_classifier(), train_features, smoothing, weights)
     if accelerator.is_fsdp2:
         net.cpu()  # sharded from there, so that no GPU holds the full network and its average
     average = optim.build_average(trainable, knobs.ema_decay)
     if config.run.compile:
         trainable.compile()  # in place, so that the weights keep their names
     trainable, optimizer = launch.prepare(accelerator, trainable, optimizer, average)
-    return TrainState(trainable, optimizer, schedule, average, progress, totals)
+    return TrainState(trainable, optimizer, schedule, average, progress, totals, class_weights=weights)

@@ -168,7 +168,7 @@ def evaluate_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal)
 
     fitted = progress.rows and progress.rows[0]["epoch"] == 0
     start = records.scores_of(progress.rows[0], eval_split) if fitted else None
-    quality = metrics.quality(evaluation.scores, start)
+    quality = metrics.quality(evaluation.scores, start, config.optim.class_weights == "balanced")
     keeps = quality > progress.best if config.run.keep == "best" else epoch == config.optim.epochs
     state.progress = Progress(
         epoch=epoch + 1,

@@ -47,3 +47,5 @@ class TrainState:
     started: float = field(default_factory=time.perf_counter)
     # Set by the loop over steps: raises if the last step's loss, or a tensor it is told of, is not finite.
     check_finite: Callable[..., None] | None = None
+    # The weight of each class in the loss [classes]; None: all the same. It follows from the training photos.
+    class_weights: torch.Tensor | None = None
