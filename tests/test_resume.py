@@ -434,6 +434,13 @@ def test_a_validation_split_cut_by_an_older_rule_is_not_resumed():
         check_same_run(before, before | {"cut_by_content": True}, anyway=True)
 
 
+def test_a_run_that_did_not_know_a_knob_yet_had_its_default():
+    before = {"config": {}, "num_processes": 1, "precision": "no", "photos": {}}
+    check_same_run(before, before | {"config": {"class_weights": "none"}}, anyway=False)
+    with pytest.raises(UserError, match="--class-weights was none, is balanced"):
+        check_same_run(before, before | {"config": {"class_weights": "balanced"}}, anyway=True)
+
+
 def test_another_precision_is_not_gone_on_with():
     before = {"config": {}, "num_processes": 1, "precision": "fp16", "photos": {}}
     with pytest.raises(UserError, match="the precision was fp16, is no"):

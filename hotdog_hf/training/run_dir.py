@@ -9,7 +9,7 @@ from pathlib import Path
 
 import filelock
 
-from hotdog_hf.config import CHANGEABLE, HARMLESS, flatten
+from hotdog_hf.config import CHANGEABLE, HARMLESS, TrainConfig, flatten, to_dict
 from hotdog_hf.errors import UserError
 from hotdog_hf.files import write_json
 
@@ -21,7 +21,9 @@ def check_same_run(saved: dict, now: dict, anyway: bool) -> None:
     to size and time).
     """
     differences, refused = [], False
-    knobs, knobs_now = flatten(saved["config"]), flatten(now["config"])
+    # A knob that the run's version did not have yet was as it is by default.
+    usual = flatten(to_dict(TrainConfig()))
+    knobs, knobs_now = usual | flatten(saved["config"]), usual | flatten(now["config"])
     for name in sorted(knobs.keys() | knobs_now.keys()):
         before, after = knobs.get(name), knobs_now.get(name)
         if before != after and name not in HARMLESS:
