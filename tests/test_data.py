@@ -229,7 +229,7 @@ def test_the_padding_photo_changes_no_gradient_and_is_not_counted(dataset):
     found = []
     for indices in ([2, 3], [2, 3, loaders.PhotoDataset.PADDING]):
         batch = torch.utils.data.default_collate([dataset[1, index] for index in indices])
-        state = types.SimpleNamespace(model=net, totals=torch.zeros(3))
+        state = types.SimpleNamespace(model=net, totals=torch.zeros(3), class_weights=None)
         loss = engine.forward_backward(accelerator, state, dataset, batch, 2, config)
         found.append([loss, state.totals, *(parameter.grad.clone() for parameter in net.parameters())])
         net.zero_grad()
