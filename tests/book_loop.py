@@ -95,7 +95,7 @@ def main(
     config = OptimConfig(loss_reduction=loss_reduction, gradient_accumulation_steps=int(accumulation_steps))
     for epoch in range(1, EPOCHS + 1):
         loader.batch_sampler.seek(epoch)
-        state = TrainState(net, optimizer, schedule)
+        state = TrainState(net, optimizer, schedule, totals=torch.zeros(3, device=accelerator.device))
         for _ in engine.train_steps(accelerator, state, loader, config):
             pass
         row = records.epoch_row(accelerator, state.totals, seconds=1.0)

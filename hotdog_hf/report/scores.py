@@ -11,7 +11,7 @@ from hotdog_hf.metrics import ClassificationReport, balanced_scores, class_score
 CALIBRATION_BINS = 15
 RESAMPLES = 1000
 # Photos times resamples per chunk of weights, 4 bytes each.
-MAX_WEIGHTS = 10_000_000
+MAX_WEIGHTS = 2_000_000
 
 
 def label_order(data_names: Sequence[str], label_names: Sequence[str]) -> np.ndarray:
@@ -64,8 +64,9 @@ def summarise(
 
 def normalise_rows(probabilities: np.ndarray) -> np.ndarray:
     """Return probabilities [N, classes] in float64, each row divided by its sum."""
-    scores = np.asarray(probabilities, dtype=np.float64)
-    return scores / scores.sum(axis=1, keepdims=True)
+    scores = np.array(probabilities, dtype=np.float64)
+    scores /= scores.sum(axis=1, keepdims=True)  # in place: with many classes a copy is large
+    return scores
 
 
 def _weighted(
