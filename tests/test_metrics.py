@@ -11,6 +11,7 @@ from hotdog_hf import machine, metrics
 from hotdog_hf.config import TrainConfig, to_dict
 from hotdog_hf.metrics import ClassificationReport, class_scores, most_confused, quality
 from hotdog_hf.training.card import CardFacts, write_card
+from hotdog_hf.training.records import epoch_scores
 
 
 def random_case(classes, count=101):
@@ -151,6 +152,13 @@ def test_the_card_of_many_classes_stays_short(tmp_path):
     text = write_card(tmp_path, facts).read_text()
     assert "| **class 7** | class 8 | 3 |" in text and "| train | 20000 |" in text
     assert "(3 times) it took class 7 for class 8" in text and len(text) < 10_000
+
+
+@pytest.mark.parametrize(("classes", "kept"), [(30, True), (31, False)])
+def test_an_epoch_of_many_classes_keeps_no_confusion_matrix(classes, kept):
+    scores = {"loss": 0.5, "confusion_matrix": np.eye(classes, dtype=int).tolist()}
+    row = epoch_scores(scores, "test")
+    assert row["test_loss"] == 0.5 and ("test_confusion_matrix" in row) is kept
 
 
 def test_batches_add_up():

@@ -162,7 +162,7 @@ def evaluate_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal)
         save_checkpoint(job, run_dir)
         raise
     row |= {"loading_seconds": progress.waited, "evaluating_seconds": time.perf_counter() - tick}
-    row |= {f"{eval_split}_{name}": value for name, value in evaluation.scores.items()}
+    row |= records.epoch_scores(evaluation.scores, eval_split)
     accelerator.print(records.describe_epoch(row, eval_split))
     launch.log(accelerator, records.numbers(row), step=epoch)
 

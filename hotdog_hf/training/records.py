@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from hotdog_hf.files import write_text
+from hotdog_hf.metrics import MAX_TABLE_CLASSES
 
 
 def epoch_row(accelerator: Accelerator, totals: torch.Tensor, seconds: float) -> dict[str, float]:
@@ -21,6 +22,17 @@ def epoch_row(accelerator: Accelerator, totals: torch.Tensor, seconds: float) ->
         "train_seconds": seconds,
         "examples_per_second": count / seconds,
     }
+
+
+def epoch_scores(scores: dict, split: str) -> dict:
+    """Return an epoch's scores of a split under the names of a metrics row.
+
+    Every checkpoint holds the rows of all epochs: with many classes only the final row has the confusion
+    matrix, a million numbers for 1,000 classes.
+    """
+    large = len(scores["confusion_matrix"]) > MAX_TABLE_CLASSES
+    kept = {name: value for name, value in scores.items() if not (large and name == "confusion_matrix")}
+    return {f"{split}_{name}": value for name, value in kept.items()}
 
 
 def write_metrics(run_dir: Path, rows: list[dict]) -> None:
