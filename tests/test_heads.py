@@ -346,7 +346,7 @@ def test_the_class_vector_recipe_is_judged_before_its_first_step(tiny_weights, p
 
 @pytest.mark.parametrize(
     ("flags", "kept"),
-    [(("--learning-rate", 1), 0), (("--augmentation", "none", "--probe-views", 0), 1)],
+    [(("--learning-rate", 0.1), 0), (("--augmentation", "none", "--probe-views", 0), 1)],
 )
 def test_the_best_recipe_keeps_the_better_of_start_and_end(tiny_weights, photos_dir, tmp_path, flags, kept):
     flags = ("--recipe", "best", "--val-fraction", 0.3, "--epochs", 1, "--train-image-size", 64, *flags)
