@@ -67,6 +67,8 @@ def main(config: ReportConfig) -> None:
     fraction, seed = runner.validation_cut(knobs, config.data_dir)
     seed = seed if config.seed is None else config.seed
     photos = runner.load_photos(accelerator, config.photos(fraction), config.split, seed)
+    if warning := runner.older_cut(config.model, photos):
+        accelerator.print(warning)
     evaluation = runner.evaluate(
         accelerator, net, photos, config.split, config.positive_label, config.batch_size
     )

@@ -26,7 +26,7 @@ from hotdog_hf.metrics import ClassificationReport
 from hotdog_hf.model import network, saved
 from hotdog_hf.report import gradcam
 from hotdog_hf.report.page import FILES, check_output_dir, write_report
-from hotdog_hf.report.runner import galleries, run_knobs, validation_cut
+from hotdog_hf.report.runner import galleries, older_cut, run_knobs, validation_cut
 from hotdog_hf.report.scores import _weighted, choose_threshold, label_order, normalise_rows, summarise
 from hotdog_hf.webpage import image_uri
 
@@ -464,6 +464,14 @@ def test_validation_is_what_the_run_held_back(photos_dir, tmp_path, script):
     assert validation_cut(run_knobs(tmp_path / "run/model"), tmp_path) == (0.0, 0)
     script["main"](script["ReportConfig"](str(tmp_path / "run/model"), val_fraction=0.0, **flags))
     assert json.loads((tmp_path / "report/metrics.json").read_text())["threshold"] is None
+
+
+@pytest.mark.parametrize(("identity", "warned"), [({}, True), ({"cut_by_content": True}, False)])
+def test_a_run_that_cut_its_validation_by_an_older_rule_is_named(tmp_path, identity, warned):
+    (tmp_path / "identity.json").write_text(json.dumps(identity))
+    assert bool(older_cut(str(tmp_path / "model"), Photos({}, tmp_path, cut_by_content=True))) is warned
+    assert older_cut(str(tmp_path / "model"), Photos({}, tmp_path)) is None
+    assert older_cut("user/name", Photos({}, tmp_path, cut_by_content=True)) is None
 
 
 @pytest.mark.parametrize(

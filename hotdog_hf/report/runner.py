@@ -146,3 +146,18 @@ def validation_cut(knobs: Sequence[tuple[str, str, object]], data_dir: str) -> t
     if "data_dir" in knob and Path(knob["data_dir"]).resolve() == Path(data_dir).resolve():
         return knob["val_fraction"], knob["seed"]
     return 0.0, 0
+
+
+def older_cut(model: str, photos: Photos) -> str | None:
+    """Return a warning if the model's run split off its validation photos by an older rule, else None.
+
+    Versions that wrote no `cut_by_content` separated copies; some photos that are now validation were train.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        identity = json.loads((Path(model).resolve().parent / "identity.json").read_text(encoding="utf-8"))
+        if photos.cut_by_content and not identity.get("cut_by_content", False):
+            return (
+                "warning: this run is older than the rule that keeps copies on one side, and has trained on"
+                " some of these validation photos: its threshold is too optimistic. Train again to be sure."
+            )
+    return None
