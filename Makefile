@@ -10,7 +10,7 @@ DEMO_FLAGS := --data-dir data/sample --model tf_efficientnet_lite0 --weights bun
 MODEL := $(DEMO)/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train reproduce bench audit report pictures test test-gpu style quality clean
+.PHONY: help install demo train reproduce bench audit report web pictures test test-gpu style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,10 @@ audit: install  ## look through photos before training: make audit DATA=my/photo
 
 report: install  ## evaluate a model: make report MODEL=runs/mine/model DATA=my/photos (default: the demo's)
 	$(PYTHON) scripts/report.py $(MODEL) --data-dir $(or $(DATA),data/sample)
+
+web: install  ## try a model in the browser, without a server that computes: make web MODEL=runs/mine/model (needs npm once)
+	$(PYTHON) scripts/export.py $(MODEL) web --web --precision fp16
+	$(PYTHON) -m http.server 8000 --bind 127.0.0.1 --directory web
 
 pictures: demo report  ## make the README's pictures from the demo (needs chromium)
 	$(PYTHON) .github/pictures.py $(DEMO) data/sample report .github/images

@@ -31,10 +31,13 @@ def image_uri(image: Image.Image, size: int = THUMBNAIL) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def check_output_dir(output_dir: str | os.PathLike, files: Sequence[str], what: str) -> Path:
+def check_output_dir(
+    output_dir: str | os.PathLike, files: Sequence[str], what: str, flag: str = "--output-dir"
+) -> Path:
     """Return the folder to write `files` to; the first of them is JSON that names this package's version.
 
-    Raises `UserError` if something other than an earlier such folder is there; `what` is it called.
+    Raises `UserError` if something other than an earlier such folder is there; `what` is it called, and
+    `flag` is how the user gave it.
     """
     folder = Path(output_dir).resolve()
     try:
@@ -44,7 +47,7 @@ def check_output_dir(output_dir: str | os.PathLike, files: Sequence[str], what: 
     except (OSError, ValueError, TypeError):
         ours = False
     if not ours:
-        raise UserError(f"--output-dir {output_dir} holds something other than {what}; give another folder")
+        raise UserError(f"{flag} {output_dir} holds something other than {what}; give another folder")
     return folder
 
 

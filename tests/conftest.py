@@ -12,7 +12,8 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 # `accelerate` and its kind, also where the environment is not activated.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-# No cache of the person's who runs the tests is read or written.
+# The cache of the person who runs the tests, for ONNX Runtime Web alone. No other cache of theirs is read.
+os.environ["HOTDOG_CACHE"] = os.environ.get("HOTDOG_CACHE") or os.environ.get("XDG_CACHE_HOME", "~/.cache")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hotdog_hf-tests-")
 
 import numpy as np
@@ -61,6 +62,14 @@ def photos_dir(tmp_path_factory) -> Path:
     draw_photos(folder / "train", {"hotdog": 13, "not-hotdog": 12})
     draw_photos(folder / "test", {"hotdog": 6, "not-hotdog": 5})
     return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser that is installed; tests that need one are skipped without it, or without playwright."""
+    pytest.importorskip("playwright", reason="needs playwright, of the extra [test]")
+    browsers = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    return next(filter(None, browsers), None) or pytest.skip("needs chromium; this machine has no browser")
 
 
 @pytest.fixture(scope="session")

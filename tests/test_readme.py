@@ -46,8 +46,8 @@ NOT_RUN = {
     r"train\.py --help": "test_every_script_explains_itself runs it",
     r"^make (quality|test|demo|report)": "the gate runs it",
     r"^make (train|reproduce)": "needs the network and hours: its script's commands are tested here",
+    r"export\.py .* --web|^make web": "needs npm, or its download: test_web.py exports and opens a page",
     r"^make audit": "its script's command is run here",
-    r"^make style": "changes files",
     r"^pip ": "the tests run in an environment that is installed",
     r"^HOTDOG_KILLS": "takes minutes: make test runs the same test with fewer kills",
 }
