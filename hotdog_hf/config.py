@@ -73,7 +73,8 @@ class DataConfig:
     streaming: bool = False
     # Size of the shuffle buffer of a stream, in photos; the order of its shards is shuffled too.
     shuffle_buffer: int = 1000
-    # Loader processes. Unset: up to 8 per GPU; on a CPU one per 16 cores, as the network needs the others.
+    # Loader processes. Unset: all cores but one, up to 16 per GPU; on a CPU one per 16 cores, as the network
+    # needs the others.
     num_workers: int | None = None
 
     def __post_init__(self) -> None:

@@ -65,7 +65,7 @@ def test_a_system_without_control_groups_has_no_quota(tmp_path):
 
 @pytest.mark.parametrize(
     ("quota", "cores", "threads", "gpu_workers"),
-    [(None, 64, 60, 8), (32.0, 32, 30, 8), (2.5, 3, 3, 3), (0.2, 1, 1, 1)],
+    [(None, 64, 60, 16), (32.0, 32, 30, 16), (2.5, 3, 3, 2), (0.2, 1, 1, 1)],
 )
 def test_threads_and_workers_follow_a_quota(monkeypatch, quota, cores, threads, gpu_workers):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

@@ -241,7 +241,9 @@ def _seconds_at_the_limit(job: Job) -> float | None:
     """Return the seconds per photo of training on photos in memory, or None if memory does not suffice."""
     size = job.config.data.train_image_size or job.data_config["input_size"][-1]
     try:
-        return engine.measure_speed(job.accelerator, job.net, size, min(job.micro_batch_size, 32))[0]
+        # On a CPU the size of a batch hardly matters, and a large one takes seconds.
+        photos = min(job.micro_batch_size, 32 if job.accelerator.device.type == "cpu" else 256)
+        return engine.measure_speed(job.accelerator, job.net, size, photos)[0]
     except torch.OutOfMemoryError:
         job.accelerator.print("the speed on photos in memory was not measured: not enough memory")
         return None
