@@ -10,6 +10,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def build_accelerator(
         raise UserError("FSDP shards a network over several processes: use --num_processes 2 or more")
     if fsdp_plugin and on_cpu:
         sharding.shard_on_cpu(accelerator, fsdp_plugin)
+    if precision == "fp16":  # its first steps are skipped until the loss scale fits; the schedule counts them
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
