@@ -10,7 +10,7 @@ DEMO_FLAGS := --data-dir data/sample --model tf_efficientnet_lite0 --weights bun
 MODEL := $(DEMO)/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train reproduce bench audit report web pictures test test-gpu style quality clean
+.PHONY: help install demo train reproduce bench audit report app web pictures test test-gpu test-app style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,10 @@ audit: install  ## look through photos before training: make audit DATA=my/photo
 report: install  ## evaluate a model: make report MODEL=runs/mine/model DATA=my/photos (default: the demo's)
 	$(PYTHON) scripts/report.py $(MODEL) --data-dir $(or $(DATA),data/sample)
 
+app: install  ## try a model in a web app: make app MODEL=runs/mine/model (default: the demo's)
+	@$(PYTHON) -c "import gradio" 2>/dev/null || $(PYTHON) -m pip install --quiet -e ".[app]"
+	$(PYTHON) scripts/app.py $(MODEL)
+
 web: install  ## try a model in the browser, without a server that computes: make web MODEL=runs/mine/model (needs npm once)
 	$(PYTHON) scripts/export.py $(MODEL) web --web --precision fp16
 	$(PYTHON) -m http.server 8000 --bind 127.0.0.1 --directory web
@@ -53,6 +57,14 @@ test: install  ## run the tests, offline
 
 test-gpu: install  ## run the tests that need an NVIDIA GPU, one after the other
 	$(PYTHON) -m pytest -n 0 -m gpu -rs
+
+# gradio wants an older Pillow than the other tests have.
+test-app: install  ## run the tests of the web app, in .venv-app, which adds gradio to the environment
+	$(PYTHON) -m venv .venv-app
+	$(PYTHON) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$(.venv-app/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
+	.venv-app/bin/python -m pip install --quiet -e ".[app]"
+	.venv-app/bin/python -m pytest -n 0 tests/test_app.py
 
 style: install  ## format the code and fix what ruff can
 	$(PYTHON) -m ruff check --fix .

@@ -26,7 +26,7 @@ NEVER["__init__"] = set()
 WITHOUT_TORCH = (
     "data.folder data.images data.check data.download data.sample model.predictor"
     " bench.setup bench.processes bench.sections bench.runner bench.page"
-    " compare.runs compare.page"
+    " compare.runs compare.page deploy.app"
 ).split()
 MAX_LINES, MAX_PARAMETERS = 80, 7
 

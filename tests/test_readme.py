@@ -46,6 +46,8 @@ NOT_RUN = {
     r"train\.py --help": "test_every_script_explains_itself runs it",
     r"^make (quality|test|demo|report)": "the gate runs it",
     r"^make (train|reproduce)": "needs the network and hours: its script's commands are tested here",
+    r"scripts/app\.py": "serves until it is stopped: test_app.py uses it in a browser",
+    r"^make app": "its script's command is understood",
     r"export\.py .* --web|^make web": "needs npm, or its download: test_web.py exports and opens a page",
     r"^make audit": "its script's command is run here",
     r"^pip ": "the tests run in an environment that is installed",

@@ -23,8 +23,7 @@ from hotdog_hf.data.images import decode_image, read_photo
 from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import ClassificationReport
-from hotdog_hf.model import network, saved
-from hotdog_hf.report import gradcam
+from hotdog_hf.model import gradcam, network, saved
 from hotdog_hf.report.page import FILES, check_output_dir, write_report
 from hotdog_hf.report.runner import galleries, older_cut, run_knobs, validation_cut
 from hotdog_hf.report.scores import _weighted, choose_threshold, label_order, normalise_rows, summarise

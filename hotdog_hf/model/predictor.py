@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,9 @@ from PIL import Image
 from hotdog_hf.data.images import IMAGE_SUFFIXES, decode_image, normalize, resize_and_crop
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.machine import allowed_cores, keep_freed_memory
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_DECODERS = 8
 # Images of a long list per forward pass.
@@ -45,6 +48,8 @@ class Predictor(NamedTuple):
     # Whether it computes on a device other than the CPU, which can decode meanwhile.
     leaves_cpu_free: bool = False
     takes_photos: bool = False
+    # The network of a saved model, for what needs more than its probabilities.
+    net: "torch.nn.Module | None" = None
 
     def __call__(self, images: Source | Sequence[Source]) -> dict[str, float] | list[dict[str, float]]:
         """Return the probability of each class, by its name; a list of such dicts for a list of images.
@@ -109,7 +114,7 @@ def _load_saved(name: str | os.PathLike, precision: str) -> Predictor:
             logits = net(to_input(batch))
         return logits.float().softmax(dim=1).cpu().numpy()
 
-    return Predictor(network.label_names_of(net), data_config, probabilities, device != "cpu")
+    return Predictor(network.label_names_of(net), data_config, probabilities, device != "cpu", net=net)
 
 
 def _load_exported(path: Path) -> Predictor:

@@ -16,8 +16,7 @@ from hotdog_hf.data import images, loaders, transforms
 from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import Photos, resolve_positive
 from hotdog_hf.errors import UserError
-from hotdog_hf.model import network, saved
-from hotdog_hf.report import gradcam
+from hotdog_hf.model import gradcam, network, saved
 from hotdog_hf.report.scores import choose_threshold, label_order, summarise
 from hotdog_hf.training import engine, launch
 from hotdog_hf.webpage import image_uri
