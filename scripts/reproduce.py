@@ -1,8 +1,9 @@
-"""Run the chapter's comparison and its exercises as one study over several seeds.
+"""Run the chapter's comparison and its exercises as one study over several seeds, or compare recipes.
 
 accelerate launch scripts/reproduce.py                                    # all of it, on the chapter's photos
 accelerate launch scripts/reproduce.py --data-dir my/photos --seeds 3 --only finetune scratch best
 python scripts/reproduce.py --only rates --image-size 128                 # one exercise, on smaller images
+python scripts/reproduce.py --only compare --data-dir my/photos pictures  # the recipes on several folders
 
 Finished runs are not repeated: the same command resumes an interrupted study.
 """
@@ -14,18 +15,15 @@ from hotdog_hf.study.plan import ReproduceConfig
 
 
 def main(config: ReproduceConfig) -> None:
-    """Plan the runs, train those that are missing, and write the results."""
+    """Train the runs that are missing, and write the results."""
     # Imported here so that --help and a mistyped flag respond before torch is loaded.
-    from hotdog_hf.study import runner
+    from hotdog_hf.study import comparison, runner
     from hotdog_hf.training import launch
 
     accelerator = launch.build_accelerator("auto", num_threads=config.num_threads)
     stop = launch.StopSignal()
-    study = runner.plan_study(config, accelerator)
-    failure = runner.train_missing(study, accelerator, stop)
-    zero_shot = None if failure or stop.number else runner.ask_source(study, accelerator)
-    if accelerator.is_main_process and study.results:
-        runner.write(study, zero_shot, accelerator)
+    run = comparison.compare_folders if config.only == ("compare",) else runner.run_study
+    failure = run(config, accelerator, stop)
     launch.finish(accelerator)
     if failure:
         raise failure

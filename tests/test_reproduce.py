@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from conftest import ROOT, TINY_MODEL, draw_photos, run
 
 from hotdog_hf.config import RECIPES, parse_train_config
 from hotdog_hf.data.loaders import FeatureDataset
-from hotdog_hf.study import plan
+from hotdog_hf.study import comparison, plan
 from hotdog_hf.study.page import PICTURES, answers, write_study
 from hotdog_hf.study.plan import ARMS, VARIANTS, override, runs_of
 from hotdog_hf.study.results import (
@@ -33,6 +34,7 @@ from hotdog_hf.study.results import (
     write_diverged,
     zero_shot,
 )
+from hotdog_hf.training import launch
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,9 @@ def studied(photos, tiny_weights, tmp_path_factory):
         patch.setattr(plan, "VARIANTS", {name: VARIANTS[name] for name in ("best", "SGD")})
         reproduce = importlib.import_module("reproduce")
         knobs = {"model": TINY_MODEL, "weights": str(tiny_weights), "image_size": 64, "num_threads": 1}
-        where = {"data_dir": str(photos), "output_dir": str(study_dir)}
-        everything = reproduce.ReproduceConfig(**where, **knobs, epochs=1, seeds=2, only=plan.EXPERIMENTS)
+        where = {"data_dir": (str(photos),), "output_dir": str(study_dir)}
+        only = tuple(name for name in plan.EXPERIMENTS if name != "compare")
+        everything = reproduce.ReproduceConfig(**where, **knobs, epochs=1, seeds=2, only=only)
         reproduce.main(everything)
     return said.getvalue(), study_dir
 
@@ -278,3 +281,61 @@ def test_what_is_no_experiment_is_refused():
 
 def test_every_variant_is_a_config():
     assert all(override(RECIPES["best"], **knobs) for knobs in VARIANTS.values())
+
+
+def test_recipes_are_compared_on_several_folders(photos, tiny_weights, tmp_path, monkeypatch):
+    draw_photos(tmp_path / "two/train", {"hotdog": 9, "not-hotdog": 8})
+    draw_photos(tmp_path / "two/test", {"hotdog": 4, "not-hotdog": 4})
+    monkeypatch.setattr(comparison, "COMPARED", ("chapter", "probe"))
+    monkeypatch.setattr(plan, "COMPARED", ("chapter", "probe"))
+    knobs = {"model": TINY_MODEL, "weights": str(tiny_weights), "image_size": 64, "num_threads": 1}
+    folders = (str(photos), str(tmp_path / "two"))
+    config = plan.ReproduceConfig(
+        folders, **knobs, epochs=1, seeds=1, only=("compare",), output_dir=str(tmp_path / "study")
+    )
+    accelerator, stop = launch.build_accelerator("no", num_threads=1), SimpleNamespace(number=0)
+    assert comparison.compare_folders(config, accelerator, stop) is None
+    lines = results_of(tmp_path / "study")
+    assert [line["run"] for line in lines] == ["chapter", "probe"] * 2
+    text = (tmp_path / "study/README.md").read_text()
+    for number, folder in enumerate(folders):
+        part = text.partition(f"## {folder}\n")[2].partition("\n## ")[0]
+        for line in lines[2 * number : 2 * number + 2]:
+            accuracy, loss = float(line["test_accuracy"]), float(line["test_loss"])
+            row = (
+                rf"\| [12] \| `{line['run']}` \| {accuracy:.3f} \([\d.]+ to [\d.]+\) \| {loss:.3f} \| \d+ \|"
+            )
+            assert re.search(row, part) and f"`{line['command']}`" in part
+
+
+def test_the_overall_table_counts_ranks_wins_and_points_behind():
+    def table(**accuracies):
+        rows = [{"recipe": name, "accuracy": value, "loss": 1 - value} for name, value in accuracies.items()]
+        rows.sort(key=lambda row: -row["accuracy"])
+        return [row | {"rank": rank} for rank, row in enumerate(rows, start=1)]
+
+    unfinished, names = table(probe=0.75, best=1.0), plan.COMPARED
+    one = table(**dict(zip(names, (0.5, 0.75, 0.625, 1.0), strict=True)))
+    two = table(**dict(zip(names, (0.25, 0.875, 0.5, 0.75), strict=True)))
+    rows = {row["recipe"]: row for row in comparison.overall([one, two, unfinished])}
+    assert [row["recipe"] for row in comparison.overall([one, two])][:2] == ["best", "probe"]
+    assert (rows["best"]["rank"], rows["best"]["best"], rows["best"]["behind"]) == (1.5, 1, 0.125)
+    assert (rows["chapter"]["rank"], rows["chapter"]["lowest_loss"], rows["chapter"]["behind"]) == (
+        4,
+        0,
+        0.625,
+    )
+    assert comparison.overall([unfinished]) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data-dir", "a", "b"), "2 --data-dir need --only compare"),
+        (("--only", "compare", "best"), "--only compare stands alone"),
+        (("--only", "compare", "--data-dir", "a", "a"), "needs folders that differ, got a a"),
+    ],
+)
+def test_folders_that_cannot_be_compared_are_one_line(flags, message):
+    done = run("python", ROOT / "scripts/reproduce.py", *flags)
+    assert done.returncode == 2 and message in " ".join(done.stderr.replace("│", " ").split())

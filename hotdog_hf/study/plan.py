@@ -18,6 +18,8 @@ ARMS = {
     "probe": ("probe", "fitted head, no training"),
     "best": ("best", "our recipe"),
 }
+# The recipes that `compare` trains on every folder.
+COMPARED = ("chapter", "probe", "source-probe", "best")
 # Exercise 1: the chapter's rate times these. Exercise 2: every pair of these factors and weight decays.
 RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 GRID_FACTORS, GRID_DECAYS = (0.3, 1.0, 3.0), (0.0001, 0.001, 0.01)
@@ -38,7 +40,6 @@ VARIANTS: dict[str, dict] = {
 }
 # Knobs of the study that every run shares.
 COMMON = (
-    "data_dir",
     "model",
     "weights",
     "source_class",
@@ -54,7 +55,7 @@ CHOICE_FRACTION = 0.2
 
 
 Experiment = Literal[
-    "finetune", "scratch", "frozen", "class-vector", "probe", "best", "rates", "grid", "variants"
+    "finetune", "scratch", "frozen", "class-vector", "probe", "best", "rates", "grid", "variants", "compare"
 ]
 EXPERIMENTS = get_args(Experiment)
 
@@ -63,8 +64,8 @@ EXPERIMENTS = get_args(Experiment)
 class ReproduceConfig:
     """Run the chapter's study and write runs/reproduce/README.md, results.csv and the figures."""
 
-    # Folder with train/<class>/* and test/<class>/*, or hf://datasets/user/name.
-    data_dir: str = DEFAULT_DATA_DIR
+    # Folder with train/<class>/* and test/<class>/*, or hf://datasets/user/name; several for "compare".
+    data_dir: tuple[str, ...] = (DEFAULT_DATA_DIR,)
     # Any timm model name, and its weights, as for scripts/train.py.
     model: str = "resnet18"
     # "auto", "bundled", or a .safetensors/.pth file.
@@ -73,9 +74,9 @@ class ReproduceConfig:
     source_class: tuple[str, ...] = ()
     # Number of seeds (0, 1, ...) of each arm. Rates and grid have one, variants at most two.
     seeds: int = 5
-    # What to run: the arms by name, exercise 1 (rates), exercise 2 (grid), and what was tried for "best"
-    # (variants). Unset: all but the variants.
-    only: tuple[Experiment, ...] = EXPERIMENTS[:-1]
+    # What to run: the arms by name, exercise 1 (rates), exercise 2 (grid), what was tried for "best"
+    # (variants), or, alone, the recipes side by side on each folder (compare). Unset: all but the last two.
+    only: tuple[Experiment, ...] = EXPERIMENTS[:-2]
     # Epochs of every run but the probe's. Unset: each recipe's own.
     epochs: int | None = None
     # Side of the square input in pixels. Unset: the model's own.
@@ -94,6 +95,12 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+        if "compare" in self.only and self.only != ("compare",):
+            raise ValueError("--only compare stands alone: it has a page of its own")
+        if len(set(self.data_dir)) != len(self.data_dir) or not self.data_dir:
+            raise ValueError(f"--data-dir needs folders that differ, got {' '.join(self.data_dir) or 'none'}")
+        if len(self.data_dir) > 1 and self.only != ("compare",):
+            raise ValueError(f"{len(self.data_dir)} --data-dir need --only compare")
 
 
 @dataclass(frozen=True)
@@ -138,14 +145,16 @@ def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
         # Knobs that a recipe sets itself, or does not use.
         kept_out = {
             "weights": recipe == "scratch",
-            "source_class": recipe != "class-vector",
-            "epochs": recipe == "probe",
+            "source_class": recipe not in ("class-vector", "source-probe"),
+            "epochs": recipe in ("probe", "source-probe"),
         }
         shared = {key: value for key, value in common.items() if not kept_out.get(key)}
         return Run(experiment, name, seed, override(RECIPES[recipe], **shared | knobs, seed=seed))
 
     if experiment in ARMS:
         return [run(experiment, ARMS[experiment][0], seed) for seed in range(seeds)]
+    if experiment == "compare":
+        return [run(recipe, recipe, seed) for recipe in COMPARED for seed in range(seeds)]
     if experiment == "rates":
         rate = RECIPES["chapter"].optim.learning_rate
         # The chapter's own rate is the first run of the fine-tuned arm.

@@ -80,14 +80,25 @@ class Study:
     results: list[Result] = field(default_factory=list)
 
 
-def plan_study(config: ReproduceConfig, accelerator: Accelerator) -> Study:
+def run_study(config: ReproduceConfig, accelerator: Accelerator, stop: launch.StopSignal) -> UserError | None:
+    """Train what has no result yet, and write the page; return the error of a run that failed."""
+    study = plan_study(config, accelerator, config.data_dir[0])
+    failure = train_missing(study, accelerator, stop)
+    zero_shot = None if failure or stop.number else ask_source(study, accelerator)
+    if accelerator.is_main_process and study.results:
+        write(study, zero_shot, accelerator)
+    return failure
+
+
+def plan_study(config: ReproduceConfig, accelerator: Accelerator, data_dir: str) -> Study:
     """Open the photos and list all runs, except those that depend on the grid's result."""
     folder = Path(config.output_dir)
     with files.writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    data_config = DataConfig(data_dir=config.data_dir, bad_images=config.bad_images)
+    data_config = DataConfig(data_dir=data_dir, bad_images=config.bad_images)
     photos = open_photos(data_config, 0, accelerator)
     common = {name: value for name in COMMON if (value := getattr(config, name)) is not None}
+    common["data_dir"] = data_dir
     experiments = [name for name in EXPERIMENTS if name in config.only]
     if "class-vector" in experiments and len(experiments) > 1:
         try:
