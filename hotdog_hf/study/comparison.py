@@ -36,8 +36,8 @@ def compare_folders(
 def compared(study: Study) -> list[dict]:
     """Return one row per recipe that has finished on a folder, the best first: scores, seconds, rank.
 
-    Scores are means over the seeds. The interval is Wilson's over the test photos, not over seeds. Recipes are
-    ranked by their accuracy, those of equal accuracy by their log-loss.
+    Scores are means over the seeds. The interval is Wilson's over the test photos, not over seeds. The rank
+    goes by accuracy, and by log-loss if that is equal.
     """
     rows = []
     for recipe in COMPARED:
