@@ -11,7 +11,7 @@ from hotdog_hf.training import launch
 
 data_dir, out = sys.argv[1:]
 decoded = []
-check.decode_image = lambda path: decoded.append(path) or decode_image(path)
+check.decode_image = lambda path, side: decoded.append(path) or decode_image(path)
 accelerator = launch.build_accelerator("no")
 config = DataConfig(data_dir=data_dir, val_fraction=0.2, bad_images="skip")
 photos = prepare.open_photos(config, 0, accelerator)

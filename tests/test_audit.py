@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 from test_report import Page
 
 from hotdog_hf.audit import appearance, scores
+from hotdog_hf.data.images import Photo
 
 AUDIT = ROOT / "scripts/audit.py"
 
@@ -129,12 +130,12 @@ def test_nearest_photos_are_those_of_a_full_comparison(monkeypatch):
 def test_faults_of_a_photo_are_told_from_its_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     good = Image.fromarray(pixels)
-    assert appearance.measure(good).faults() == []
-    assert appearance.measure(good.resize((90, 60))).faults() == ["tiny"]
-    assert appearance.measure(good.point(lambda value: value // 5)).faults() == ["dark"]
-    assert appearance.measure(good.filter(ImageFilter.GaussianBlur(9))).faults() == ["blurred"]
+    assert appearance.measure(Photo(good)).faults() == []
+    assert appearance.measure(Photo(good.resize((90, 60)))).faults() == ["tiny"]
+    assert appearance.measure(Photo(good.point(lambda value: value // 5))).faults() == ["dark"]
+    assert appearance.measure(Photo(good.filter(ImageFilter.GaussianBlur(9)))).faults() == ["blurred"]
     large = good.resize((3000, 2000), Image.Resampling.NEAREST)
-    assert appearance.measure(large).faults() == []
+    assert appearance.measure(Photo(large)).faults() == []
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,9 @@ def test_the_check_does_without_torch():
 def decoded(monkeypatch):
     """The names of the files that were decoded rather than taken from the cache."""
     names = []
-    monkeypatch.setattr(check, "decode_image", lambda path: names.append(path.name) or decode_image(path))
+    monkeypatch.setattr(
+        check, "decode_image", lambda path, side: names.append(path.name) or decode_image(path)
+    )
     return names
 
 

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+
+from hotdog_hf.data.images import Photo
 
 # Below these, a photo is said to be tiny, dark or blurred.
 MIN_SIDE = 64
@@ -33,9 +34,10 @@ class Appearance(NamedTuple):
         return [name for name, holds in measures.items() if holds]
 
 
-def measure(photo: Image.Image) -> Appearance:
-    """Measure an RGB photo."""
-    grey = photo.convert("L")
+def measure(photo: Photo) -> Appearance:
+    """Measure a photo."""
+    thumbnail = [SHARPNESS_SIDE * side / max(photo.size) for side in photo.size]
+    grey = photo.decode(photo.reduction_for(thumbnail)).convert("L")
     grey.thumbnail((SHARPNESS_SIDE, SHARPNESS_SIDE))
     pixels = np.asarray(grey, dtype=np.float64)
     padded = np.pad(pixels, 1, mode="edge")

@@ -17,7 +17,7 @@ from hotdog_hf.audit import appearance, scores
 from hotdog_hf.config import DataConfig
 from hotdog_hf.data import check
 from hotdog_hf.data.groups import content_groups
-from hotdog_hf.data.images import read_photo
+from hotdog_hf.data.images import open_photo
 from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import HUB_DATA_PREFIX, Photos
 from hotdog_hf.data.transforms import MEMORY_FORMAT
@@ -131,7 +131,7 @@ def _scores(vectors: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: i
 
 def _appearances(rows: datasets.Dataset) -> list[appearance.Appearance]:
     with ThreadPoolExecutor(allowed_cores()) as pool:  # Pillow works without the interpreter's lock
-        work = pool.map(lambda index: appearance.measure(read_photo(rows[index])), range(len(rows)))
+        work = pool.map(lambda index: appearance.measure(open_photo(rows[index])), range(len(rows)))
         return list(tqdm(work, total=len(rows), desc="measuring", unit="img", leave=False, disable=None))
 
 

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from hotdog_hf.config import RECIPES, DataConfig
 from hotdog_hf.data import loaders, transforms
-from hotdog_hf.data.images import IMAGE_SUFFIXES
+from hotdog_hf.data.images import IMAGE_SUFFIXES, Photo
 from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.deploy import export
@@ -278,7 +278,7 @@ def profile(*, data_dir: str, batch_size: int, num_workers: int | None, **networ
     job.optimizer.step = watch.timed("step", job.optimizer.step)
     with (
         _replaced(accelerator, "backward", watch.timed("backward", accelerator.backward)),
-        _replaced(loaders, "read_photo", watch.timed("decode", loaders.read_photo)),
+        _replaced(Photo, "decode", watch.timed("decode", Photo.decode)),
         _replaced(transform, "pixels", watch.timed("augment", transform.pixels)),
     ):
         loader.batch_sampler.seek(2)

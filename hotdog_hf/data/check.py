@@ -54,12 +54,14 @@ SHOWN = 10
 PLACEHOLDER_COPIES = 5
 MAX_IMBALANCE = 10
 MIN_SIDE = 16
+# Perceptual hashes reduce photos to 32 x 32 pixels: these suffice, and large JPEGs decode faster to so few.
+HASH_SIDE = 256
 ORIENTATION = ExifTags.Base.Orientation
 MAX_CACHED = 200_000
 # Files per task of a thread, and files queued at a time: a million at once would be a gigabyte of futures.
 BATCH, QUEUED = 16, 4096
 # A cache of another version of the check, or of Pillow, may hold other results.
-CACHE_VERSION = f"2 Pillow {PIL.__version__}"
+CACHE_VERSION = f"3 Pillow {PIL.__version__}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -236,7 +238,7 @@ def _inspect(path: Path, cached: Record | None) -> Record:
     if cached and stamp == {"size": cached.size, "mtime_ns": cached.mtime_ns}:
         return cached
     try:
-        decoded = decode_image(path)
+        decoded = decode_image(path, HASH_SIDE)
     except UserError as error:
         kind = "bomb" if isinstance(error.__cause__, Image.DecompressionBombError) else "unreadable"
         return Record(**stamp, fault=kind, message=str(error))

@@ -43,7 +43,8 @@ def content_groups(rows: datasets.Dataset, *, progress: bool = False) -> np.ndar
 
 def _hash_image(image: dict) -> str:
     try:
-        return str(imagehash.phash(decode_image(image["path"] if image["bytes"] is None else image["bytes"])))
+        source = image["path"] if image["bytes"] is None else image["bytes"]
+        return str(imagehash.phash(decode_image(source, check.HASH_SIDE)))
     except UserError:
         return ""
 

@@ -1,21 +1,16 @@
 """Decoding and resizing of images, the same for every use. Imports no torch: ONNX predicts without it."""
 
+import contextlib
 import io
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from hotdog_hf.errors import UserError
-
-
-def read_photo(row: dict) -> Image.Image:
-    """Decode the `image` of a dataset row, which holds a path (a folder) or bytes (the Hub)."""
-    image = row["image"]
-    return decode_image(image["path"] if image["bytes"] is None else image["bytes"])
-
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm .jp2".split()
@@ -30,40 +25,125 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = {TURNS[orientation] for orientation in (5, 6, 7, 8)}
+# A JPEG is decoded at 1/8, 1/4 or 1/2 of its size if that leaves this many times the width and height that
+# are needed: resizing then averages over 2 x 2 pixels or more, as it does at full size.
+SPARE_SIZE = 2
+REDUCTIONS = (8, 4, 2)
+
+Source = str | os.PathLike | bytes | Image.Image
 
 
 class UnreadableImageError(UserError):
     """A file that cannot be read as an image."""
 
 
-def decode_image(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
-    """Open an image as 8-bit RGB, in the same way for training, evaluation and prediction.
+class Photo:
+    """An image whose header is read, and whose pixels are decoded when it is known how many are needed.
+
+    A phone's photo has 12 million pixels, of which a network sees 50,000. A JPEG can be decoded at a fraction
+    of its size in a third of the time, and is then resized faster. `size` is the upright photo's width and
+    height. Raises `UnreadableImageError` naming the file.
+    """
+
+    def __init__(self, source: Source):
+        self.name = source if isinstance(source, (str, os.PathLike)) else "image"
+        # A JPEG waits for `decode`. The others decode only whole, and some end with their EXIF block.
+        self._jpeg = self._decoded = None
+        with _naming_errors(self.name):
+            if isinstance(source, Image.Image):
+                self._decoded = _to_rgb(_upright(source))
+                self.size = self._decoded.size
+            elif self.name is source and Path(source).is_fifo():  # opening it would block forever
+                raise OSError("a pipe, not a file")
+            else:
+                self._open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+    def _open(self, file: str | os.PathLike | io.BytesIO) -> None:
+        image = Image.open(file)
+        if image.format in ("JPEG", "MPO"):
+            self._jpeg = image
+            self.size = image.size[::-1] if _turn_of(image) in SIDEWAYS else image.size
+        else:
+            with image:
+                self._decoded = _to_rgb(_upright(image))
+                self.size = self._decoded.size
+
+    def decode(self, reduction: int = 1) -> Image.Image:
+        """Return the image as 8-bit RGB, every side of a JPEG divided by `reduction` and rounded up.
+
+        `reduction` is one that `reduction_for` returned.
+        """
+        if self._jpeg is not None:
+            with _naming_errors(self.name), self._jpeg as image:
+                _check_size(image)
+                if reduction > 1:
+                    image.draft(None, (image.width // reduction, image.height // reduction))
+                self._decoded, self._jpeg = _to_rgb(_upright(image)), None
+        return self._decoded
+
+    def reduction_for(self, needed: tuple[float, float], region: tuple[int, int] | None = None) -> int:
+        """Return the largest reduction that leaves `SPARE_SIZE` times the `needed` width and height.
+
+        `region` is the width and height of the part that is resized to `needed`; None: the whole photo.
+        """
+        if self._jpeg is None:
+            return 1
+        spare = min(side / goal for side, goal in zip(region or self.size, needed, strict=True)) / SPARE_SIZE
+        return next((reduction for reduction in REDUCTIONS if reduction <= spare), 1)
+
+
+def open_photo(row: dict) -> Photo:
+    """Open the `image` of a dataset row, which holds a path (a folder) or bytes (the Hub)."""
+    image = row["image"]
+    return Photo(image["path"] if image["bytes"] is None else image["bytes"])
+
+
+def read_photo(row: dict) -> Image.Image:
+    """Decode the `image` of a dataset row at its full size."""
+    return open_photo(row).decode()
+
+
+def decode_image(source: Source, min_side: int | None = None) -> Image.Image:
+    """Open an image as 8-bit RGB, in the same way for every use.
+
+    With `min_side`, a JPEG of many pixels is reduced as long as both sides keep at least so many.
 
     Applies EXIF rotation, puts transparency on white, reduces 16 bits to 8, converts CMYK and other modes,
     and takes the first frame of an animation. Raises `UnreadableImageError` naming the file.
     """
-    name = source if isinstance(source, (str, os.PathLike)) else "image"
+    photo = Photo(source)
+    needed = min_side and (min_side / SPARE_SIZE,) * 2
+    return photo.decode(photo.reduction_for(needed) if needed else 1)
+
+
+@contextlib.contextmanager
+def _naming_errors(name: object) -> Iterator[None]:
+    """Raise any error inside the context as an `UnreadableImageError`."""
     try:
-        if isinstance(source, Image.Image):
-            return _to_rgb(_upright(source))
-        if name is source and Path(source).is_fifo():  # opening it would block forever
-            raise OSError("a pipe, not a file")
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _to_rgb(_upright(image))
+        yield
     # Pillow's decoders raise various errors on broken files: SyntaxError for PNG, RuntimeError for AVIF, ...
     except Exception as error:
         raise UnreadableImageError(f"cannot read {name} as an image: {error}") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _check_size(image: Image.Image) -> None:
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # Pillow rejects only twice as many
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
-    image.load()  # before reading EXIF, to tell a broken file from a broken EXIF block
+
+
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
     # Not ImageOps.exif_transpose, which fails on a readable rotation if it cannot rewrite some other tag.
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # the rotation is unknown, but the pixels are good (datasets#7668)
-        turn = None
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    _check_size(image)
+    image.load()  # before reading EXIF, to tell a broken file from a broken EXIF block
+    turn = _turn_of(image)
     if turn is None:
         return image
     image = image.transpose(turn)
@@ -87,8 +167,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
-def preprocess(image: Image.Image, data_config: dict) -> np.ndarray:
-    """Return timm's evaluation transform of an RGB image, without torch: normalised float32 [3, H, W].
+def preprocess(image: Photo | Image.Image, data_config: dict) -> np.ndarray:
+    """Return timm's evaluation transform of an image, without torch: normalised float32 [3, H, W].
 
     Raises `UserError` for a `crop_mode` or an `interpolation` of `data_config` that is not supported.
     """
@@ -105,8 +185,13 @@ def normalize(images: np.ndarray, data_config: dict) -> np.ndarray:
     return floats
 
 
-def resize_and_crop(image: Image.Image, data_config: dict) -> np.ndarray:
+def resize_and_crop(image: Photo | Image.Image, data_config: dict) -> np.ndarray:
     """Return the first half of `preprocess`: bytes, uint8 [H, W, 3]."""
+    return np.asarray(resized_and_cropped(image, data_config))
+
+
+def resized_and_cropped(image: Photo | Image.Image, data_config: dict) -> Image.Image:
+    """Return the image as a network sees it; a large JPEG is decoded by `reduced` before it is resized."""
     height, width = data_config["input_size"][-2:]
     mode = data_config.get("crop_mode") or "center"
     interpolation = str(data_config["interpolation"]).upper()
@@ -114,18 +199,31 @@ def resize_and_crop(image: Image.Image, data_config: dict) -> np.ndarray:
         raise UserError(f"preprocessing: crop_mode {mode!r} is none of squash, center, border")
     if interpolation not in Image.Resampling.__members__:
         raise UserError(f"preprocessing: interpolation {data_config['interpolation']!r} is none of Pillow's")
-    size = _resized(image.size, (width, height), data_config.get("crop_pct") or 0.875, mode)
-    image = image.resize(size, Image.Resampling[interpolation])
+    image = reduced(image, data_config)
+    image = image.resize(_resized(image.size, data_config), Image.Resampling[interpolation])
     # The centre of the image, padded with the mean colour or black if it is smaller.
     fill = tuple(round(255 * value) for value in data_config["mean"]) if mode == "border" else 0
     canvas = Image.new("RGB", (width, height), fill)
     canvas.paste(image, (_start(width, image.width), _start(height, image.height)))
-    return np.asarray(canvas)
+    return canvas
 
 
-def _resized(size: tuple[int, int], target: tuple[int, int], crop_pct: float, mode: str) -> tuple[int, int]:
+def reduced(image: Photo | Image.Image, data_config: dict) -> Image.Image:
+    """Decode a photo at the smallest size that is enough for `resize_and_crop`; return an RGB image as is.
+
+    What is resized is the reduced photo, as if the camera had taken it so: an exported model that takes
+    photos gets the same.
+    """
+    if not isinstance(image, Photo):
+        return image
+    return image.decode(image.reduction_for(_resized(image.size, data_config)))
+
+
+def _resized(size: tuple[int, int], data_config: dict) -> tuple[int, int]:
     """Return the width and height to resize to before the crop, rounded as timm and torchvision do."""
-    scaled = [math.floor(side / crop_pct) for side in target]
+    mode, crop_pct = data_config.get("crop_mode") or "center", data_config.get("crop_pct") or 0.875
+    height, width = data_config["input_size"][-2:]
+    scaled = [math.floor(side / crop_pct) for side in (width, height)]
     if mode == "squash":
         return tuple(scaled)
     if mode == "center" and scaled[0] == scaled[1]:

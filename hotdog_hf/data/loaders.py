@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import torch
 
-from hotdog_hf.data.images import read_photo
+from hotdog_hf.data.images import open_photo
 from hotdog_hf.data.transforms import Transform, derive_seed
 from hotdog_hf.machine import cpu_requested, stop_signals
 
@@ -67,7 +67,7 @@ class PhotoDataset(torch.utils.data.Dataset):
 
     def pixel_values(self, epoch: int, index: int) -> torch.Tensor:
         """Return the bytes of the transformed photo, uint8 [3, H, W]."""
-        return self.transform.pixels(read_photo(self.rows[index]), self.seed, epoch, index)
+        return self.transform.pixels(open_photo(self.rows[index]), self.seed, epoch, index)
 
     def network_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the network's input for a batch, float [N, 3, H, W], on the batch's device."""

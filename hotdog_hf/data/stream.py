@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hotdog_hf.data.folder import SPLIT_FOLDERS
-from hotdog_hf.data.images import read_photo
+from hotdog_hf.data.images import open_photo
 from hotdog_hf.data.loaders import IGNORED_LABEL, StepSampler, map_threaded, step_loader
 from hotdog_hf.data.splits import (
     HUB_DATA_PREFIX,
@@ -127,7 +127,7 @@ class StreamDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int, dict | None]) -> dict:
         epoch, index, row = key
-        photo = Image.new("RGB", (64, 64)) if row is None else read_photo(row)
+        photo = Image.new("RGB", (64, 64)) if row is None else open_photo(row)
         return {
             "pixel_values": self.transform.pixels(photo, self.seed, epoch, index),
             "labels": IGNORED_LABEL if row is None else row["label"],

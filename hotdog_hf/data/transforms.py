@@ -1,28 +1,30 @@
 """From a photo to a network's input: resize, crop and flip per photo, normalise per batch."""
 
 import functools
+import math
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torchvision.transforms import v2
+
+from hotdog_hf.data.images import Photo, resized_and_cropped
 
 
 class ResizeAndCrop:
     """timm's evaluation transform in two parts: `pixels` per photo, `normalize` per batch on its device."""
 
     def __init__(self, data_config: dict):
-        self.resize_and_crop = create_transform(**data_config, normalize=False)
+        self.data_config = data_config
         self.normalize = Normalize(data_config["mean"], data_config["std"])
 
-    def pixels(self, photo: Image.Image, *_numbers: int) -> torch.Tensor:
-        """Return the photo's bytes, uint8 [3, H, W]."""
-        return self.resize_and_crop(photo)
+    def pixels(self, photo: Photo | Image.Image, *_numbers: int) -> torch.Tensor:
+        """Return the photo's bytes, uint8 [3, H, W]: those that prediction computes."""
+        return v2.functional.pil_to_tensor(resized_and_cropped(photo, self.data_config))
 
-    def __call__(self, photo: Image.Image) -> torch.Tensor:
+    def __call__(self, photo: Photo | Image.Image) -> torch.Tensor:
         """Return the network's input for one photo, float [3, H, W]."""
         return self.normalize(self.pixels(photo)[None])[0]
 
@@ -30,28 +32,40 @@ class ResizeAndCrop:
 class CropAndFlip:
     """The chapter's training transform: a random resized crop and a random flip, then normalisation.
 
-    torchvision's, with drawing (from torch's generator) separated from the work, which threads share.
+    torchvision's, with drawing (from torch's generator) separated from the work, which threads share. Crops
+    are drawn from the photo's full size, then cut from a `Photo` decoded at the size that this crop needs.
     """
 
     # All threads share torch's generator.
     _drawing = threading.Lock()
 
     def __init__(self, size: int | Sequence[int], min_crop_area: float, data_config: dict):
-        self.crop = v2.RandomResizedCrop(
-            size,
-            scale=(min_crop_area, 1.0),
-            interpolation=v2.InterpolationMode(data_config["interpolation"]),
-        )
+        self.crop = v2.RandomResizedCrop(size, scale=(min_crop_area, 1.0))
+        self.interpolation = Image.Resampling[data_config["interpolation"].upper()]
         self.normalize = Normalize(data_config["mean"], data_config["std"])
 
-    def pixels(self, photo: Image.Image, *numbers: int) -> torch.Tensor:
-        """Return the bytes of a crop, uint8 [3, H, W]; crop and flip depend only on the numbers."""
+    def pixels(self, photo: Photo | Image.Image, *numbers: int) -> torch.Tensor:
+        """Return the bytes of a crop, uint8 [3, H, W]; crop and flip depend only on size and numbers."""
         with self._drawing, torch.random.fork_rng(devices=[]):
             # Only the CPU's generator: torch.manual_seed would reset the GPU's too, for every photo.
             torch.default_generator.manual_seed(derive_seed(*numbers))
-            place, flip = self.crop.make_params([photo]), torch.rand(1) < 0.5
-        cropped = self.crop.transform(photo, place)
+            no_pixels = torch.empty(photo.size[::-1], device="meta")
+            place, flip = self.crop.make_params([no_pixels]), torch.rand(1) < 0.5
+        cropped = self._cropped(photo, **place)
         return v2.functional.pil_to_tensor(v2.functional.horizontal_flip(cropped) if flip else cropped)
+
+    def _cropped(
+        self, photo: Photo | Image.Image, top: int, left: int, height: int, width: int
+    ) -> Image.Image:
+        size, reduction = tuple(self.crop.size[::-1]), 1
+        if isinstance(photo, Photo):
+            reduction = photo.reduction_for(size, (width, height))
+            photo = photo.decode(reduction)
+        edges = [edge / reduction for edge in (left, top, left + width, top + height)]
+        # As torchvision: cut first, so that the resized pixels hold nothing from outside of the crop.
+        outer = [*map(math.floor, edges[:2]), *map(math.ceil, edges[2:])]
+        box = [edge - outer[number % 2] for number, edge in enumerate(edges)]
+        return photo.crop(outer).resize(size, self.interpolation, box)
 
 
 Transform = ResizeAndCrop | CropAndFlip

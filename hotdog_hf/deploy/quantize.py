@@ -16,7 +16,7 @@ import onnxruntime
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from hotdog_hf.data.images import normalize, read_photo, resize_and_crop
+from hotdog_hf.data.images import normalize, open_photo, resize_and_crop
 from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError
 
@@ -126,7 +126,7 @@ def to_int8(
 
 def _read(rows: datasets.Dataset, data_config: dict) -> tuple[np.ndarray, np.ndarray]:
     """Return photos as bytes [N, H, W, 3] and their labels [N]."""
-    images = np.stack([resize_and_crop(read_photo(row), data_config) for row in rows])
+    images = np.stack([resize_and_crop(open_photo(row), data_config) for row in rows])
     return images, np.array(rows["label"])
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from hotdog_hf.data.images import IMAGE_SUFFIXES, decode_image, normalize, resize_and_crop
+from hotdog_hf.data.images import IMAGE_SUFFIXES, Photo, Source, normalize, reduced, resize_and_crop
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.machine import allowed_cores, keep_freed_memory
 
@@ -30,9 +30,6 @@ MAX_DECODERS = 8
 # Images of a long list per forward pass.
 CALL_BATCH = 32
 NEEDS_ONNX = 'this needs onnx and onnxruntime: pip install -e ".[onnx]"'
-
-
-Source = str | os.PathLike | bytes | Image.Image
 
 
 class Predictor(NamedTuple):
@@ -62,14 +59,15 @@ class Predictor(NamedTuple):
         found = []
         batch_size = 1 if self.takes_photos else CALL_BATCH
         for start in range(0, len(images), batch_size):
-            batch = [self.prepare(decode_image(image)) for image in images[start : start + batch_size]]
+            batch = [self.prepare(Photo(image)) for image in images[start : start + batch_size]]
             rows = self.probabilities(np.stack(batch)).tolist()
             found += [dict(zip(self.label_names, row, strict=True)) for row in rows]
         return found
 
-    def prepare(self, image: Image.Image) -> np.ndarray:
-        """Return an RGB image as `probabilities` takes it, uint8 [H, W, 3]."""
-        return np.asarray(image) if self.takes_photos else resize_and_crop(image, self.data_config)
+    def prepare(self, image: Photo | Image.Image) -> np.ndarray:
+        """Return a photo or an RGB image as `probabilities` takes it, uint8 [H, W, 3]."""
+        prepared = reduced if self.takes_photos else resize_and_crop
+        return np.asarray(prepared(image, self.data_config))
 
 
 class Prediction(NamedTuple):
@@ -249,7 +247,7 @@ def _read(found: str | UserError, predictor: Predictor) -> tuple[str, np.ndarray
     if isinstance(found, UserError):
         return found
     try:
-        return found, predictor.prepare(decode_image(found))
+        return found, predictor.prepare(Photo(found))
     except UserError as error:
         return error
 

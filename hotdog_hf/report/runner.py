@@ -112,7 +112,8 @@ def draw_galleries(accelerator: Accelerator, evaluation: Evaluation) -> dict[str
         pictures[name] = []
         for index in tqdm(indices, desc=name, unit="img", leave=False, disable=None):
             photo = images.read_photo(rows[index])
-            pixels = transform.normalize(transform.pixels(photo)[None].to(accelerator.device))[0]
+            pixels = transform.pixels(images.open_photo(rows[index]))[None].to(accelerator.device)
+            pixels = transform.normalize(pixels)[0]
             heat = gradcam.grad_cam(net, pixels, int(probabilities[index].argmax()))
             overlay = None if heat is None else image_uri(gradcam.overlay(pixels, heat, data_config))
             pictures[name].append({"index": index, "photo": image_uri(photo), "overlay": overlay})

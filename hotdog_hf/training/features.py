@@ -15,6 +15,7 @@ import torch
 import torchvision
 from accelerate import Accelerator
 
+from hotdog_hf.data import images
 from hotdog_hf.data.loaders import FeatureDataset, PhotoDataset, eval_loader
 from hotdog_hf.data.splits import Photos
 from hotdog_hf.data.transforms import derive_seed, eval_transform, train_transform
@@ -95,6 +96,7 @@ def _key(net: torch.nn.Module, facts: object) -> str:
     head = {id(parameter) for parameter in net.get_classifier().parameters()}
     # What decodes, resizes and computes; another version may differ in the last digits, or by more.
     versions = [library.__version__ for library in (PIL, torchvision, timm, torch)]
+    versions += [images.SPARE_SIZE, images.REDUCTIONS]
     digest = hashlib.sha256(json.dumps([facts, versions], default=list).encode())
     for name, value in net.state_dict(keep_vars=True).items():
         if id(value) not in head:
