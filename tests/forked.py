@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 ALL = (
@@ -82,6 +84,13 @@ def _become(words: list[str], cwd: str, env: dict[str, str], out: str, err: str)
     for number, file in enumerate(files):
         os.dup2(file, number)
     os.chdir(cwd)
+    if Path(words[0]).name == "accelerate":
+        subprocess.Popen = _popen
+    _run(words, env)
+
+
+def _run(words: list[str], env: dict[str, str]) -> None:
+    """Run a Python file as this process's program, and exit as it does."""
     os.environ.clear()
     os.environ.update(env)
     sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
@@ -99,6 +108,60 @@ def _become(words: list[str], cwd: str, env: dict[str, str], out: str, err: str)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+class _ForkedPopen:
+    """What a launcher uses of `subprocess.Popen`, for a Python file that runs in a fork of the launcher."""
+
+    def __init__(self, args: list[str], env: dict[str, str], start_new_session: bool):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.args, self.returncode, self.pid = args, None, os.fork()
+        if self.pid == 0:
+            if start_new_session:
+                os.setsid()
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # the launcher's are not inherited
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            atexit._clear()  # what the launcher cleans up is its own
+            subprocess.Popen = _REAL_POPEN
+            _run(args, env)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if end is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+_REAL_POPEN = subprocess.Popen
+
+
+def _popen(args: Sequence[str], **options: object) -> subprocess.Popen | _ForkedPopen:
+    """Start a process, a Python file in a fork of this one: its imports are the launcher's."""
+    words = [word for word in args if word != "-u"] if isinstance(args, (list, tuple)) else [""]
+    redirected = options.get("stdout") is not None or options.get("stderr") is not None
+    if words[0] != sys.executable or not words[1].endswith(".py") or redirected:
+        return _REAL_POPEN(args, **options)
+    return _ForkedPopen(words[1:], dict(options["env"]), bool(options.get("start_new_session")))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.dataclasses import DistributedType
-from conftest import ROOT, TINY_MODEL
+from conftest import ROOT, TINY_MODEL, run
 from test_scripts import metrics_of
 
 from hotdog_hf.model.saved import load_model
@@ -69,17 +68,30 @@ def test_a_number_of_processes_that_depends_on_the_machine_has_to_be_given(name)
     assert (args.num_processes, args.multi_gpu, args.num_machines) == (4, True, 1 + (name == "two_nodes"))
 
 
-def launch(cwd, photos_dir, tiny_weights, *launcher, train_flags=()):
-    """Start a training on a tiny model in a working folder, as a user would."""
+def training(photos_dir, tiny_weights, *launcher, train_flags=()):
+    """Return the command of a training on a tiny model."""
     # BatchNorm statistics of the source: by the batch they would depend on how many processes share it.
-    words = [
+    return [
         *launcher, ROOT / "scripts/train.py", "--data-dir", photos_dir,
         "--model", TINY_MODEL, "--weights", tiny_weights, "--batch-norm", "source", "--image-size", 64,
         "--batch-size", 8, "--num-threads", 1, "--epochs", 2, "--output-dir", "runs/it", *train_flags,
     ]  # fmt: skip
+
+
+def train_in(cwd, *command, train_flags=()):
+    """Train in a working folder, and return what was printed."""
     cwd.mkdir(exist_ok=True)
+    done = run(*training(*command, train_flags=train_flags), cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def start(cwd, *command, train_flags=()):
+    """Start a training in a working folder, as a user would; its log lies beside the folder."""
+    cwd.mkdir(exist_ok=True)
+    words = [str(word) for word in training(*command, train_flags=train_flags)]
     with (cwd.parent / f"{cwd.name}.log").open("w") as log:
-        return subprocess.Popen([str(word) for word in words], cwd=cwd, stdout=log, stderr=log)
+        return subprocess.Popen(words, cwd=cwd, stdout=log, stderr=log)
 
 
 def wait(*processes, seconds=120):
@@ -120,15 +132,14 @@ def assert_same_numbers(rows, expected):
 def alone(tmp_path_factory, photos_dir, tiny_weights):
     """The metrics of three epochs of a single process."""
     cwd = tmp_path_factory.mktemp("alone") / "work"
-    assert wait(launch(cwd, photos_dir, tiny_weights, sys.executable, train_flags=("--epochs", 3))) == [0]
+    train_in(cwd, photos_dir, tiny_weights, "python", train_flags=("--epochs", 3))
     return metrics_of(cwd / "runs/it")
 
 
 def test_two_cpu_processes_compute_as_one(alone, tmp_path, photos_dir, tiny_weights):
     cwd = tmp_path / "work"
-    process = launch(cwd, photos_dir, tiny_weights, *LAUNCH, CONFIGS / "cpu.yaml")
-    assert wait(process) == [0], (tmp_path / "work.log").read_text()
-    assert "2 x cpu (1 threads)" in (tmp_path / "work.log").read_text()
+    printed = train_in(cwd, photos_dir, tiny_weights, *LAUNCH, CONFIGS / "cpu.yaml")
+    assert "2 x cpu (1 threads)" in printed
     assert_same_numbers(metrics_of(cwd / "runs/it")[:2], alone[:2])
 
 
@@ -145,17 +156,15 @@ MORE_EPOCHS = ("--epochs", 3, "--resume", "auto", "--resume-anyway")
 def launch_in_pieces(cwd, photos_dir, tiny_weights, *flags):
     """Train a network sharded over two CPU processes, as a cluster's GPUs would."""
     fsdp = (*LAUNCH, CONFIGS / "fsdp.yaml", "--num_processes", 2, "--fsdp_min_num_params", 5000)
-    codes = wait(launch(cwd, photos_dir, tiny_weights, *fsdp, train_flags=(*BEST, *flags)))
-    text = (cwd.parent / f"{cwd.name}.log").read_text()
-    assert codes == [0] and "2 x cpu (1 threads), float32, sharded (FSDP)" in text, text
+    printed = train_in(cwd, photos_dir, tiny_weights, *fsdp, train_flags=(*BEST, *flags))
+    assert "2 x cpu (1 threads), float32, sharded (FSDP)" in printed
 
 
 @pytest.fixture(scope="module")
 def best_alone(tmp_path_factory, photos_dir, tiny_weights):
     """The metrics of three epochs of the recipe best, by a single process."""
     cwd = tmp_path_factory.mktemp("best") / "work"
-    process = launch(cwd, photos_dir, tiny_weights, sys.executable, train_flags=(*BEST, "--epochs", 3))
-    assert wait(process) == [0], (cwd.parent / "work.log").read_text()
+    train_in(cwd, photos_dir, tiny_weights, "python", train_flags=(*BEST, "--epochs", 3))
     rows = metrics_of(cwd / "runs/it")
     assert rows[3]["validation_loss"] != pytest.approx(rows[0]["validation_loss"], rel=0.01)
     return rows
@@ -210,7 +219,7 @@ def test_whole_copies_go_on_from_a_checkpoint_of_pieces(
 ):
     shutil.copytree(in_pieces, tmp_path / "work")
     cpu, flags = (*LAUNCH, CONFIGS / "cpu.yaml"), (*BEST, *MORE_EPOCHS)
-    assert wait(launch(tmp_path / "work", photos_dir, tiny_weights, *cpu, train_flags=flags)) == [0]
+    train_in(tmp_path / "work", photos_dir, tiny_weights, *cpu, train_flags=flags)
     assert_same_numbers(metrics_of(tmp_path / "work/runs/it"), best_alone)
 
 
@@ -225,7 +234,7 @@ def launch_on_two_nodes(folder, photos_dir, tiny_weights, train_flags=()):
     port = free_port()
     return wait(
         *(
-            launch(
+            start(
                 folder / f"node{rank}",
                 photos_dir,
                 tiny_weights,

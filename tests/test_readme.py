@@ -44,6 +44,7 @@ NOT_RUN = {
     r"configs/fsdp\.yaml": "needs several GPUs: test_configs.py runs it over two processes on the CPU",
     r"^sbatch": "needs SLURM: test_configs.py runs the script with SLURM's commands replaced",
     r"train\.py --help": "test_every_script_explains_itself runs it",
+    r"^make test-gpu": "needs a GPU: make test skips its tests with that reason",
     r"^make (quality|test|demo|report)": "the gate runs it",
     r"^make (train|reproduce)": "needs the network and hours: its script's commands are tested here",
     r"scripts/app\.py": "serves until it is stopped: test_app.py uses it in a browser",
