@@ -16,9 +16,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-# Knobs that change neither weights nor metrics: they may differ when a run is resumed.
+# Knobs that change neither weights nor metrics: they may differ when a run is resumed. The photos, and what
+# the tables of labels say, are compared by themselves.
 HARMLESS = frozenset(
-    "data_dir num_workers output_dir resume resume_anyway checkpoint_every keep_checkpoints tracker"
+    "data_dir labels num_workers output_dir resume resume_anyway checkpoint_every keep_checkpoints tracker"
     " push_to_hub private license".split()
 )
 # Knobs that may differ on resume with --resume-anyway: the epochs already done stay valid.
@@ -51,6 +52,9 @@ class DataConfig:
     # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*, or hf://datasets/user/name.
     # The default is the chapter's hot-dog data, downloaded if missing; data/sample is drawn if missing.
     data_dir: str = DEFAULT_DATA_DIR
+    # Tables of labels (CSV or JSON lines): path,label[,split][,group]. A row overrides the folder
+    # that its photo is in; photos of one group stay on one side of every split.
+    labels: tuple[str, ...] = ()
     # Class that precision, recall, F1 and ROC-AUC are computed for. Unset: "hotdog" if it exists, else macro
     # averages.
     positive_label: str | None = None
@@ -88,6 +92,12 @@ class DataConfig:
             "--val-fraction",
             self.val_fraction,
             "cannot be cut from a stream: give the data a validation split and use --val-fraction 0",
+        )
+        _require(
+            not self.labels or not (self.streaming or self.data_dir.startswith("hf://")),
+            "--labels",
+            self.labels,
+            "needs a data folder: not photos of the Hub, nor a stream",
         )
         _require(
             not (self.streaming and self.bad_images == "skip"),

@@ -21,6 +21,9 @@ class AuditConfig:
 
     # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*, or hf://datasets/user/name.
     data_dir: Annotated[str, Positional, tyro.conf.arg(metavar="DATA")] = DEFAULT_DATA_DIR
+    # Tables of labels (CSV or JSON lines) that override the folders: path,label[,split][,group].
+    # What --write-fixes wrote is one.
+    labels: tuple[str, ...] = ()
     # Photos to audit.
     split: Literal["train", "validation", "test", "all"] = "train"
     # Any timm model name; its features stand for the photos.
@@ -50,6 +53,7 @@ class AuditConfig:
         """Return which photos are meant, as a training would say it."""
         return DataConfig(
             data_dir=self.data_dir,
+            labels=self.labels,
             bad_images=self.bad_images,
             preprocessing=self.preprocessing,
             image_size=self.image_size,
@@ -70,7 +74,7 @@ def main(config: AuditConfig) -> None:
     accelerator = launch.build_accelerator("no")
     photos = runner.load_photos(accelerator, config.photos(), config.split, config.seed)
     extractor = runner.load_extractor(accelerator, photos, config.photos(), config.model, config.weights)
-    audit = runner.audit_photos(extractor, config.split, config.seed)
+    audit = runner.audit_photos(extractor, config.split, config.seed, config.labels)
     if accelerator.is_main_process:
         network = describe_source(config.model, config.weights)
         trained_here = runner.is_trained_on(config.weights, config.data_dir)

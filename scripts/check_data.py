@@ -20,6 +20,8 @@ class CheckConfig:
 
     # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*.
     data_dir: Annotated[str, Positional, tyro.conf.arg(metavar="DIR")]
+    # Tables of labels (CSV or JSON lines) that override the folders: path,label[,split][,group].
+    labels: tuple[str, ...] = ()
     # JSON file with all findings and what each file is; the default is in the current folder.
     report: str = "data_report.json"
     # Skip files whose size and time have not changed since they last passed.
@@ -35,7 +37,7 @@ def main(config: CheckConfig) -> int:
 
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot encode
     cache_file = check.default_cache_file() if config.cache else None
-    report = check.check_folder(config.data_dir, cache_file=cache_file, progress=True)
+    report = check.check_folder(config.data_dir, config.labels, cache_file=cache_file, progress=True)
     print(check.describe(report))
     check.write_report(report, config.report)
     print(f"all findings: {config.report}")

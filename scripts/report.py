@@ -23,6 +23,9 @@ class ReportConfig:
     model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
     # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*, or hf://datasets/user/name.
     data_dir: str = DEFAULT_DATA_DIR
+    # Tables of labels (CSV or JSON lines) that override the folders: path,label[,split][,group].
+    # Unset: the run's, if MODEL is in its run's folder and these are its photos.
+    labels: tuple[str, ...] = ()
     # Split to evaluate. Validation is also used to choose a threshold; the model has learned train.
     split: Literal["test", "validation", "train"] = "test"
     # Share of train to split off for validation. Unset: the run's, if MODEL is in its run's folder and these
@@ -42,12 +45,16 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
-        self.photos(0.0)
+        self.photos()
 
-    def photos(self, usual_fraction: float) -> DataConfig:
+    def photos(self, usual_fraction: float = 0.0, usual_labels: tuple[str, ...] = ()) -> DataConfig:
         """Return the photos as a training config."""
-        fraction = usual_fraction if self.val_fraction is None else self.val_fraction
-        return DataConfig(data_dir=self.data_dir, val_fraction=fraction, bad_images=self.bad_images)
+        return DataConfig(
+            data_dir=self.data_dir,
+            labels=self.labels or usual_labels,
+            val_fraction=usual_fraction if self.val_fraction is None else self.val_fraction,
+            bad_images=self.bad_images,
+        )
 
 
 def main(config: ReportConfig) -> None:
@@ -64,9 +71,9 @@ def main(config: ReportConfig) -> None:
     accelerator = launch.build_accelerator("no")
     net = runner.load_model(accelerator, config.model)
     knobs = runner.run_knobs(config.model)
-    fraction, seed = runner.validation_cut(knobs, config.data_dir)
+    fraction, seed, labels = runner.photos_of_run(knobs, config.data_dir)
     seed = seed if config.seed is None else config.seed
-    photos = runner.load_photos(accelerator, config.photos(fraction), config.split, seed)
+    photos = runner.load_photos(accelerator, config.photos(fraction, labels), config.split, seed)
     if warning := runner.older_cut(config.model, photos):
         accelerator.print(warning)
     evaluation = runner.evaluate(

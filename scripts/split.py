@@ -21,6 +21,8 @@ class SplitConfig:
     source: Annotated[str, Positional, tyro.conf.arg(metavar="SOURCE")]
     # Folder to create.
     target: Annotated[str, Positional, tyro.conf.arg(metavar="TARGET")]
+    # Tables of labels (CSV or JSON lines) that override the folders: path,label[,group], paths within SOURCE.
+    labels: tuple[str, ...] = ()
     # Share of each class for test.
     test_fraction: float = 0.2
     # Share of each class for validation (0: no validation split).
@@ -35,12 +37,12 @@ class SplitConfig:
 
 def main(config: SplitConfig) -> None:
     """Split, and print the counts."""
-    from hotdog_hf.data.folder import split_folder
+    from hotdog_hf.data.divide import split_folder
 
     shares = {"test": config.test_fraction}
     if config.val_fraction:
         shares["validation"] = config.val_fraction
-    made, left_out = split_folder(config.source, config.target, shares, config.seed)
+    made, left_out = split_folder(config.source, config.target, shares, config.seed, config.labels)
     for split, classes in made.items():
         counts = ", ".join(f"{len(files)} {name}" for name, files in classes.items())
         print(f"{config.target}/{split}: {counts}")

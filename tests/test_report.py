@@ -25,7 +25,7 @@ from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import ClassificationReport
 from hotdog_hf.model import gradcam, network, saved
 from hotdog_hf.report.page import FILES, check_output_dir, write_report
-from hotdog_hf.report.runner import galleries, older_cut, run_knobs, validation_cut
+from hotdog_hf.report.runner import galleries, older_cut, photos_of_run, run_knobs
 from hotdog_hf.report.scores import _weighted, choose_threshold, label_order, normalise_rows, summarise
 from hotdog_hf.webpage import image_uri
 
@@ -460,7 +460,7 @@ def test_validation_is_what_the_run_held_back(photos_dir, tmp_path, script):
     held_back = load_photos(photos_dir, 0.3, 4)["validation"]
     names = Photos({"validation": held_back}, photos_dir).names("validation")
     assert [row[0] for row in table(tmp_path / "report")[1:]] == names
-    assert validation_cut(run_knobs(tmp_path / "run/model"), tmp_path) == (0.0, 0)
+    assert photos_of_run(run_knobs(tmp_path / "run/model"), tmp_path) == (0.0, 0, ())
     script["main"](script["ReportConfig"](str(tmp_path / "run/model"), val_fraction=0.0, **flags))
     assert json.loads((tmp_path / "report/metrics.json").read_text())["threshold"] is None
 

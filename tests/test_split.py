@@ -1,7 +1,7 @@
 import pytest
 from conftest import ROOT, draw_photos, run
 
-from hotdog_hf.data import check, folder
+from hotdog_hf.data import check, divide, folder
 from hotdog_hf.errors import UserError
 
 
@@ -47,7 +47,7 @@ def test_every_photo_goes_to_one_side_and_a_copy_goes_with_its_original(pictures
 
 def test_the_division_goes_by_content_and_seed(pictures, tmp_path):
     def test_photos(target, seed=0):
-        made, _ = folder.split_folder(pictures, tmp_path / target, {"test": 0.3}, seed)
+        made, _ = divide.split_folder(pictures, tmp_path / target, {"test": 0.3}, seed)
         return {path.read_bytes() for path in made["test"]["dog"]}
 
     before, other_seed = test_photos("one"), test_photos("two", seed=1)
@@ -78,6 +78,6 @@ def test_what_cannot_be_split_leaves_nothing(pictures, tmp_path, harm, message):
     target = tmp_path / "photos"
     harm(pictures, target)
     with pytest.raises(UserError, match=message):
-        folder.split_folder(pictures, target, {"test": 0.2}, 0)
+        divide.split_folder(pictures, target, {"test": 0.2}, 0)
     assert not target.exists() or not list(target.iterdir())
     assert not list(tmp_path.glob("photos.*"))

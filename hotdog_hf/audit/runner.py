@@ -82,8 +82,12 @@ def load_extractor(
     return features.FeatureExtractor(accelerator, net, photos, data_config)
 
 
-def audit_photos(extractor: features.FeatureExtractor, split: str, seed: int) -> Audit:
+def audit_photos(
+    extractor: features.FeatureExtractor, split: str, seed: int, labels: Sequence[str] = ()
+) -> Audit:
     """Audit the photos of a split ("train", "validation", "test") or of all of them ("all").
+
+    `labels` are the tables of labels that the photos were loaded with.
 
     Raises `UserError` if a class has fewer than two photos that are not copies of each other.
     """
@@ -93,17 +97,17 @@ def audit_photos(extractor: features.FeatureExtractor, split: str, seed: int) ->
     rows = datasets.concatenate_datasets([photos.splits[name] for name in chosen])
     appearances = _appearances(rows)
     groups = content_groups(rows)
-    labels = np.asarray(rows["label"][:], np.int64)
+    numbers = np.asarray(rows["label"][:], np.int64)
     return Audit(
         data_dir=photos.data_dir,
         split=split,
         rows=rows,
         files=[file for name in chosen for file in photos.names(name)],
-        labels=labels,
+        labels=numbers,
         groups=groups,
         appearances=appearances,
-        findings=_findings(photos.data_dir),
-        **_scores(vectors, labels, groups, seed, len(photos.label_names)),
+        findings=_findings(photos.data_dir, labels),
+        **_scores(vectors, numbers, groups, seed, len(photos.label_names)),
     )
 
 
@@ -135,10 +139,11 @@ def _appearances(rows: datasets.Dataset) -> list[appearance.Appearance]:
         return list(tqdm(work, total=len(rows), desc="measuring", unit="img", leave=False, disable=None))
 
 
-def _findings(data_dir: str) -> list[check.Finding]:
+def _findings(data_dir: str, labels: Sequence[str]) -> list[check.Finding]:
     if data_dir.startswith(HUB_DATA_PREFIX):
         return []
-    return check.check_folder(data_dir, cache_file=check.default_cache_file(), progress=False).findings
+    cache_file = check.default_cache_file()
+    return check.check_folder(data_dir, labels, cache_file=cache_file, progress=False).findings
 
 
 def is_trained_on(weights: str, data_dir: str) -> bool:

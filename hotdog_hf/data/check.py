@@ -23,8 +23,9 @@ import PIL
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from hotdog_hf.data.folder import Photos, class_faults, find_photos, list_photos, plain_name, unused_files
+from hotdog_hf.data.folder import Photos, class_faults, plain_name, unused_files
 from hotdog_hf.data.images import decode_image
+from hotdog_hf.data.labels import find_photos, list_photos
 from hotdog_hf.data.similar import near_pairs
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.files import replacing_file
@@ -112,15 +113,17 @@ class Report:
         return sum(finding.severity == severity for finding in self.findings)
 
 
-def check_folder(data_dir: str | os.PathLike, *, cache_file: Path | None, progress: bool) -> Report:
-    """Check a data folder: its photos, its classes, and the files that are not used.
+def check_folder(
+    data_dir: str | os.PathLike, labels: Sequence[str] = (), *, cache_file: Path | None, progress: bool
+) -> Report:
+    """Check a data folder, labelled by the tables `labels`: photos, classes, and the files that are not used.
 
-    Raises `UserError` if there is nothing to check, as without train/ and test/.
+    Raises `UserError` if there is nothing to check, as without train/ and test/, and for a wrong table.
     """
-    photos = list_photos(data_dir)
+    photos = list_photos(data_dir, labels)
     report = check_photos(photos, cache_file=cache_file, progress=progress)
     faults = [Finding("classes", fault) for fault in class_faults(data_dir, photos)]
-    return _with_findings(report, [*faults, *_unused(data_dir, report)])
+    return _with_findings(report, [*faults, *_unused(data_dir, report, labels)])
 
 
 def check_photos(photos: Photos, *, cache_file: Path | None, progress: bool) -> Report:
@@ -155,16 +158,21 @@ def require_readable(report: Report) -> None:
         )
 
 
-def files_to_skip(data_dir: str | os.PathLike, policy: str, *, progress: bool) -> tuple[list[Path], str]:
+def files_to_skip(
+    data_dir: str | os.PathLike, policy: str, labels: Sequence[str] = (), *, progress: bool
+) -> tuple[list[Path], str]:
     """Check a folder as training does; return the files to skip and a line to print.
 
     With the policy "fail" a file that cannot be used is a `UserError`, with "skip" it is returned.
     """
-    report = check_photos(find_photos(data_dir), cache_file=default_cache_file(), progress=progress)
-    report = _with_findings(report, _unused(data_dir, report))
+    report = check_photos(find_photos(data_dir, labels), cache_file=default_cache_file(), progress=progress)
+    report = _with_findings(report, _unused(data_dir, report, labels))
     if policy == "fail":
         require_readable(report)
-    return unreadable(report), f"{summary(report)}; `python scripts/check_data.py {data_dir}` lists them"
+    command = " ".join(
+        ["python scripts/check_data.py", str(data_dir), *(["--labels", *labels] if labels else [])]
+    )
+    return unreadable(report), f"{summary(report)}; `{command}` lists them"
 
 
 def summary(report: Report) -> str:
@@ -174,8 +182,13 @@ def summary(report: Report) -> str:
     return f"photos checked: {found or 'nothing found'}"
 
 
-def _unused(data_dir: str | os.PathLike, report: Report) -> list[Finding]:
-    return [Finding(kind, str(path), (path,)) for kind, path in unused_files(data_dir, set(report.records))]
+def _unused(data_dir: str | os.PathLike, report: Report, labels: Sequence[str]) -> list[Finding]:
+    tables = {Path(file).resolve() for file in labels}
+    return [
+        Finding(kind, str(path), (path,))
+        for kind, path in unused_files(data_dir, set(report.records))
+        if path.resolve() not in tables
+    ]
 
 
 def _with_findings(report: Report, more: list[Finding]) -> Report:

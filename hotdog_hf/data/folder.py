@@ -4,19 +4,14 @@ A data folder is `train/<class>/*` and `test/<class>/*`, optionally `validation/
 """
 
 import difflib
-import hashlib
 import os
 import re
-import shutil
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from hotdog_hf.data.images import IMAGE_SUFFIXES
 from hotdog_hf.errors import UserError
-from hotdog_hf.files import replacing_folder, writing_to
 
 SPLIT_FOLDERS = {
     "train": ("train",),
@@ -39,8 +34,11 @@ def find_photos(data_dir: str | os.PathLike) -> Photos:
     return files
 
 
-def list_photos(data_dir: str | os.PathLike) -> Photos:
-    """List the image files of each split's classes, checked or not; `UserError` without train/ and test/."""
+def list_photos(data_dir: str | os.PathLike, incomplete: bool = False) -> Photos:
+    """List the image files of each split's classes, checked or not.
+
+    Raises `UserError` without train/ and test/, unless the folder may be `incomplete`.
+    """
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"no such data folder: {root} (see --data-dir; `make demo` works without one)")
@@ -52,8 +50,8 @@ def list_photos(data_dir: str | os.PathLike) -> Photos:
                 f"{root} has several {split} folders: {', '.join(p.name for p in present)}; keep one"
             )
         if present:
-            files[split] = _classes(present[0])
-        elif split != "validation":
+            files[split] = list_classes(present[0])
+        elif split != "validation" and not incomplete:
             found = ", ".join(sorted(p.name for p in root.iterdir())[:10]) or "nothing"
             raise UserError(
                 f"no {split}/ in {root} (found: {found}); a data folder has train/<class>/ and test/<class>/,"
@@ -62,56 +60,12 @@ def list_photos(data_dir: str | os.PathLike) -> Photos:
     return files
 
 
-def split_folder(
-    source: str | os.PathLike, target: str | os.PathLike, shares: dict[str, float], seed: int
-) -> tuple[Photos, list[Path]]:
-    """Create the data folder `target` from the photos in `source/<class>/*`, with these shares besides train.
-
-    Returns the photos of the new folder, and the files of the source that were left out.
-
-    Files are hard-linked if possible, else copied. The split depends on a file's content, so a photo under
-    two names is in one split. Raises `UserError` for a folder of another structure, a class of too few
-    photos, or a target that exists.
-    """
-    root, made = Path(source), Path(target)
-    if made.exists():
-        raise UserError(f"{made} already exists; give another target folder")
-    if not root.is_dir():
-        raise UserError(f"no such folder: {root}")
-    classes = {name: files for name, files in _classes(root).items() if files}
-    if {"train", "test"} <= classes.keys():
-        raise UserError(f"{root} already has train/ and test/; use it as it is")
-    if len(classes) < 2:
-        found = ", ".join(classes) or "none"
-        raise UserError(f"{root} needs at least two folders of photos, one per class; found {found}")
-    salt = str(seed).encode()
-    with writing_to(made), replacing_folder(made) as part:
-        for name, files in classes.items():
-            bar = tqdm(files, desc=name, unit="img", leave=False, disable=None)
-            digests = {path: hashlib.sha256(salt + path.read_bytes()).digest() for path in bar}
-            order = sorted(set(digests.values()))
-            counts = {split: max(round(share * len(order)), 1) for split, share in shares.items()}
-            if sum(counts.values()) >= len(order):
-                raise UserError(f"{root / name} has too few photos to split: {len(order)}")
-            splits = [split for split, count in counts.items() for _ in range(count)]
-            split_of = dict(zip(order, splits, strict=False))
-            for path, digest in digests.items():
-                place = part / split_of.get(digest, "train") / name / path.relative_to(root / name)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(path.resolve(), place)
-                except OSError:  # another disk, or one without links
-                    shutil.copy2(path, place)
-    used = {path for files in classes.values() for path in files}
-    return find_photos(made), sorted(path for _, path in unused_files(root, used))
-
-
 def is_hidden(name: str) -> bool:
     """Return whether a name is a hidden or system one: `._photo.jpg` in a Mac's zip, `Thumbs.db`."""
     return name.startswith(".") or name in SYSTEM_NAMES
 
 
-def _classes(folder: Path) -> dict[str, list[Path]]:
+def list_classes(folder: Path) -> dict[str, list[Path]]:
     """List the image files of every class folder in `folder`."""
     return {
         path.name: _image_files(path)

@@ -1,12 +1,15 @@
 """Which photos belong together: copies and near duplicates, which no cut of a data set may separate."""
 
 import collections
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import imagehash
 import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
 
 from hotdog_hf.data import check
 from hotdog_hf.data.images import decode_image
@@ -14,16 +17,20 @@ from hotdog_hf.data.similar import similar_groups
 from hotdog_hf.errors import UserError
 from hotdog_hf.machine import allowed_cores
 
+if TYPE_CHECKING:  # it takes a second
+    import datasets
+
 # Rows that are in memory at a time: those of the Hub hold whole files.
 BATCH = 256
 
 
-def content_groups(rows: datasets.Dataset, *, progress: bool = False) -> np.ndarray:
+def content_groups(rows: "datasets.Dataset", *, progress: bool = False) -> np.ndarray:
     """Return the group of each photo, int64 [N], by what the photos show.
 
     Exact copies and near duplicates, as `scripts/check_data.py` finds them, have the same number, whatever
-    their labels. `sklearn.model_selection.StratifiedGroupKFold` takes these as its groups. Files that were
-    checked before are not read again; photos of the Hub are decoded.
+    their labels, and so have photos of one group in a table of labels.
+    `sklearn.model_selection.StratifiedGroupKFold` takes these as its groups. Files that were checked before
+    are not read again; photos of the Hub are decoded.
     """
     batches = (rows[start : start + BATCH]["image"] for start in range(0, len(rows), BATCH))
     if rows[0]["image"]["bytes"] is None:
@@ -38,7 +45,22 @@ def content_groups(rows: datasets.Dataset, *, progress: bool = False) -> np.ndar
     groups[known] = similar_groups(np.array([int(text, 16) for text in hashes if text], np.uint64))
     # What cannot be read is like nothing else; training names it.
     groups[~known] = len(hashes) + np.arange((~known).sum())
-    return groups
+    return merge_groups(groups, rows["group"][:]) if "group" in rows.column_names else groups
+
+
+def merge_groups(groups: np.ndarray, names: Sequence[str | None]) -> np.ndarray:
+    """Return groups [N] of all photos that share a group [N] or a name [N]; None is no name."""
+    named = {name: len(names) + number for number, name in enumerate(sorted({*names} - {None}))}
+    # Every photo is tied to the first one of its group, and to its name.
+    _, first, place = np.unique(groups, return_index=True, return_inverse=True)
+    photos = np.array([index for index, name in enumerate(names) if name is not None], np.int64)
+    ends = np.array([named[names[index]] for index in photos], np.int64)
+    sources = np.concatenate([np.arange(len(groups)), photos])
+    ties = sparse.coo_array(
+        (np.ones(len(sources)), (sources, np.concatenate([first[place], ends]))),
+        shape=(len(names) + len(named),) * 2,
+    )
+    return csgraph.connected_components(ties, directed=False)[1][: len(groups)].astype(np.int64)
 
 
 def _hash_image(image: dict) -> str:

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 
+from hotdog_hf.data.groups import merge_groups
 from hotdog_hf.data.images import open_photo
 from hotdog_hf.data.transforms import Transform, derive_seed
 from hotdog_hf.machine import cpu_requested, stop_signals
@@ -48,6 +49,10 @@ class PhotoDataset(torch.utils.data.Dataset):
     def __init__(self, rows: datasets.Dataset, transform: Transform, seed: int = 0):
         self.rows, self.transform, self.seed = rows, transform, seed
         self.labels = np.asarray(rows["label"][:], dtype=np.int64)
+        # The groups of a table of labels, which no fold may separate; None without any.
+        self.groups = None
+        if "group" in rows.column_names:
+            self.groups = merge_groups(np.arange(len(rows)), rows["group"][:])
 
     def __len__(self) -> int:
         return len(self.rows)

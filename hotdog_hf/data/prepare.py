@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hotdog_hf.config import DEFAULT_DATA_DIR, SAMPLE_DATA_DIR, DataConfig
-from hotdog_hf.data import check, stream
+from hotdog_hf.data import check, labels, stream
 from hotdog_hf.data.download import download_photos
 from hotdog_hf.data.sample import draw_sample
 from hotdog_hf.data.splits import (
@@ -88,14 +88,15 @@ def _read(config: DataConfig, seed: int, progress: bool, found: Found | None) ->
     is_first = found is None
     if is_first:
         found = _check(config, progress)
-    splits = load_splits(config.data_dir, frozenset(found.skipped))
+    splits = load_splits(config.data_dir, frozenset(found.skipped), config.labels)
     cut = config.val_fraction and "validation" not in splits
     if cut and is_first:
         held_back = photos_to_hold_back(splits, config.val_fraction, seed, progress)
         found = dataclasses.replace(found, held_back=held_back)
     if cut:
         splits = cut_validation(splits, config.val_fraction, seed, found.held_back)
-    return Photos(splits, config.data_dir, found.skipped, found.held_back is not None), found
+    digest = labels.digest(config.labels, config.data_dir)
+    return Photos(splits, config.data_dir, found.skipped, found.held_back is not None, digest), found
 
 
 def _check(config: DataConfig, progress: bool) -> Found:
@@ -105,5 +106,9 @@ def _check(config: DataConfig, progress: bool) -> Found:
         draw_sample(config.data_dir)
     if config.data_dir.startswith(HUB_DATA_PREFIX):
         return Found("photos of the Hub are not checked")
-    skipped, summary = check.files_to_skip(config.data_dir, config.bad_images, progress=progress)
+    skipped, summary = check.files_to_skip(
+        config.data_dir, config.bad_images, config.labels, progress=progress
+    )
+    if config.labels:
+        summary += "\n" + labels.describe(config.labels, config.data_dir)
     return Found(summary, skipped)

@@ -15,7 +15,8 @@ import huggingface_hub
 import numpy as np
 from PIL import Image
 
-from hotdog_hf.data.folder import SPLIT_FOLDERS, find_photos
+from hotdog_hf.data import labels as label_tables
+from hotdog_hf.data.folder import SPLIT_FOLDERS
 from hotdog_hf.data.groups import content_groups, hold_back
 from hotdog_hf.data.images import read_photo
 from hotdog_hf.errors import UserError
@@ -53,6 +54,8 @@ class Photos:
     skipped: Sequence[Path] = ()
     # Whether the validation split was split off a train split with copies, which were kept together.
     cut_by_content: bool = False
+    # What the tables of labels say, hashed; None without any.
+    labels_digest: str | None = None
 
     @property
     def label_names(self) -> list[str]:
@@ -113,24 +116,29 @@ def load_photos(
     val_fraction: float = 0.0,
     seed: int = 0,
     skip: Collection[Path] = (),
+    labels: Sequence[str] = (),
 ) -> datasets.DatasetDict:
     """Load a data folder, or `hf://datasets/user/name`, as a DatasetDict of `image` (undecoded) and `label`.
 
-    The files in `skip` are left out. If there is no `validation` split, `val_fraction` of train becomes one,
-    see `cut_validation`. Raises `UserError` for data of another structure.
+    The files in `skip` are left out; the tables `labels` override the folders, see `data.labels`. If there
+    is no `validation` split, `val_fraction` of train becomes one, see `cut_validation`. Raises `UserError`
+    for data of another structure.
     """
-    splits = load_splits(data_dir, skip)
+    splits = load_splits(data_dir, skip, labels)
     if val_fraction and "validation" not in splits:
         splits = cut_validation(splits, val_fraction, seed, photos_to_hold_back(splits, val_fraction, seed))
     return splits
 
 
-def load_splits(data_dir: str | os.PathLike, skip: Collection[Path] = ()) -> datasets.DatasetDict:
+def load_splits(
+    data_dir: str | os.PathLike, skip: Collection[Path] = (), labels: Sequence[str] = ()
+) -> datasets.DatasetDict:
     """Load the splits that are there, as `load_photos` does."""
     name = str(data_dir)
     is_hub_data = name.startswith(HUB_DATA_PREFIX)
-    splits = _read_hub(name.removeprefix(HUB_DATA_PREFIX)) if is_hub_data else _read_folder(name, skip)
-    return _in_order(splits)
+    if is_hub_data:
+        return _in_order(_read_hub(name.removeprefix(HUB_DATA_PREFIX)))
+    return _in_order(_read_folder(name, skip, labels))
 
 
 def photos_to_hold_back(
@@ -164,23 +172,29 @@ def _in_order(splits: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:
     return datasets.DatasetDict({name: splits[name] for name in SPLIT_FOLDERS if name in splits})
 
 
-def _read_folder(data_dir: str, skip: Collection[Path]) -> dict[str, datasets.Dataset]:
+def _read_folder(data_dir: str, skip: Collection[Path], labels: Sequence[str]) -> dict[str, datasets.Dataset]:
     """Load a data folder like `load_dataset("imagefolder")`, but from an explicit list of files.
 
     The patterns of `datasets` let the word "test" in a file name choose its split, and drop files that do not
-    match. The labels of every split are the sorted class names.
+    match. The labels of every split are the sorted class names. Groups that a table gives are a third column.
     """
-    files = find_photos(data_dir)
+    files = label_tables.find_photos(data_dir, labels)
+    table = label_tables.read_tables(labels, data_dir) if labels else {}
+    group_of = {path: row.group for path, row in table.items() if row.group is not None}
     label_names = sorted(files["train"])
     label = datasets.ClassLabel(names=label_names)
     features = datasets.Features(image=datasets.Image(decode=False), label=label)
+    if group_of:
+        features["group"] = datasets.Value("string")
     splits = {}
     for split, classes in files.items():
         used = {name: [path for path in paths if path not in skip] for name, paths in classes.items()}
         if empty := [name for name in label_names if not used[name]]:
             raise UserError(f"no readable image is left in {data_dir}/{split}/{empty[0]}")
-        rows = [(str(path), label) for label, name in enumerate(label_names) for path in used[name]]
-        columns = {"image": [path for path, _ in rows], "label": [label for _, label in rows]}
+        rows = [(path, label) for label, name in enumerate(label_names) for path in used[name]]
+        columns = {"image": [str(path) for path, _ in rows], "label": [label for _, label in rows]}
+        if group_of:
+            columns["group"] = [group_of.get(path) for path, _ in rows]
         splits[split] = datasets.Dataset.from_dict(columns, features=features)
     return splits
 

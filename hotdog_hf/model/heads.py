@@ -10,18 +10,17 @@ import timm.data
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.errors import UserError
-from hotdog_hf.model.regression import Layer, Prior, fit_regression
+from hotdog_hf.model.regression import Layer, Prior, fit_regression, stratified_folds
 
 # Rows of the source's output layer that stand for one of our classes; None: all those of no other class.
 SourceClasses = tuple[int, ...] | None
 
-PROBE_FOLDS = 5
 # Inverse regularisation strengths to choose from, for standardised features.
 PROBE_STRENGTHS = tuple(10.0**power for power in np.arange(-4, 1.5, 0.5))
 
@@ -44,11 +43,12 @@ def fit_head(
     features, labels = split_features.features.numpy(), split_features.labels
     crops = [view.features.numpy() for view in views]
     if head_init == "probe":
-        layer = probe_head(features, labels, split_features.seed, crops, balanced)
+        layer = probe_head(features, labels, split_features.seed, crops, balanced, split_features.groups)
     elif head_init == "source-probe":
         prior_of = functools.partial(source_prior, source_head, sources)
         weights = class_weights(np.bincount(labels)) if balanced else None
-        layer = fit_regression(features, labels, prior_of, split_features.seed, crops, weights)
+        seed, groups = split_features.seed, split_features.groups
+        layer = fit_regression(features, labels, prior_of, seed, crops, weights, groups)
     elif sources is None:
         layer = similar_head(source_head, features, labels)
     else:
@@ -81,6 +81,7 @@ def probe_head(
     seed: int,
     views: Sequence[np.ndarray] = (),
     balanced: bool = False,
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit the output layer: weight [classes, D] and bias [classes] of a logistic regression.
 
@@ -89,20 +90,22 @@ def probe_head(
     log-loss in stratified cross-validation, which scores by the `features` of photos of which no view was
     learned. With a single photo of some class there are no folds, and nothing to standardise by: the features
     are centred, and the penalty is `regression.UNTESTED_STRENGTH`. `balanced` weights the photos, in the loss
-    and in the cross-validation, so that every class counts the same.
+    and in the cross-validation, so that every class counts the same. Photos of one of the `groups` [N] stay
+    in one fold.
     """
     counts = np.bincount(labels)
     fewest = int(counts.min())
     weights = class_weights(counts) if balanced else None
     if fewest < 2:
-        return fit_regression(features, labels, lambda *_: None, seed, views, weights)
+        return fit_regression(features, labels, lambda *_: None, seed, views, weights, groups)
     # Newton's method without its matrix of D x D, whose solution took most of a probe's time.
     weighting = dict(enumerate(weights)) if balanced else None
     regression = LogisticRegression(solver="newton-cg", tol=1e-6, max_iter=5000, class_weight=weighting)
     pipeline = make_pipeline(StandardScaler(), regression)
-    split = StratifiedKFold(min(PROBE_FOLDS, fewest), shuffle=True, random_state=seed).split(labels, labels)
     starts = np.arange(1 + len(views))[:, None] * len(labels)
-    folds = [((starts + fitted).ravel(), held_out) for fitted, held_out in split]
+    folds = [
+        ((starts + fitted).ravel(), held_out) for fitted, held_out in stratified_folds(labels, groups, seed)
+    ]
     strengths = {"logisticregression__C": PROBE_STRENGTHS}
     scoring = functools.partial(_score, weights=weights) if balanced else "neg_log_loss"
     search = GridSearchCV(pipeline, strengths, scoring=scoring, cv=folds)

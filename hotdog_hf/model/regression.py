@@ -6,8 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 import scipy.special
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from tqdm import tqdm
+
+from hotdog_hf.errors import UserError
 
 FOLDS = 5
 # Strengths of the L2 penalty on centred features of unit mean square, for a mean loss; the strongest first.
@@ -46,6 +48,7 @@ def fit_regression(
     seed: int,
     views: Sequence[np.ndarray] = (),
     class_weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> Layer:
     """Fit one linear layer on features [N, D] and on `views` of the same photos [N, D] each.
 
@@ -54,7 +57,8 @@ def fit_regression(
     every fold anew; None means none. An L2 penalty holds the regression at 0, a weak one `scale` at 1 and the
     biases at 0 (only for calibrated priors), so that the photos overrule the prior as they become many.
     The returned layer averages those of all `STRENGTHS`, each weighted by the likelihood of the photos
-    in stratified cross-validation, which scores a photo only by layers that learned no view of it.
+    in stratified cross-validation, which scores a photo only by layers that learned no view of it, and no
+    photo of its group if there are `groups` [N].
     """
     count, starts = len(labels), np.arange(1 + len(views))[:, None] * len(labels)
     everything = np.concatenate([features, *views]).astype(np.float64)
@@ -63,11 +67,10 @@ def fit_regression(
     fewest = int(np.bincount(labels).min())
     if fewest < 2:
         return _fit_path(everything, targets, prior_of, weights, count, (UNTESTED_STRENGTH,))[0]
-    folds = StratifiedKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
+    folds = stratified_folds(labels, groups, seed)
     strengths = [strength for strength in STRENGTHS if strength * count >= WEAKEST_TOTAL]
     losses = np.zeros(len(strengths))
-    split = tqdm(folds.split(labels, labels), "folds", folds.n_splits, leave=False, disable=None)
-    for learned, held_back in split:
+    for learned, held_back in tqdm(folds, "folds", leave=False, disable=None):
         rows = (starts + learned).ravel()
         layers = _fit_path(everything[rows], targets[rows], prior_of, weights, len(learned), strengths)
         losses += [_loss(layer, features[held_back], labels[held_back], weights) for layer in layers]
@@ -77,6 +80,25 @@ def fit_regression(
         sum(share * layer.weight for share, layer in zip(shares, layers, strict=True)),
         sum(share * layer.bias for share, layer in zip(shares, layers, strict=True)),
     )
+
+
+def stratified_folds(
+    labels: np.ndarray, groups: np.ndarray | None, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return `FOLDS` stratified folds as (learned, held out) indices, fewer if a class has fewer photos.
+
+    Photos of the same group [N] stay in one fold; None: every photo for itself. Raises `UserError` if all
+    photos of a class are in one group.
+    """
+    if groups is None:
+        fewest = int(np.bincount(labels).min())
+        splitter = StratifiedKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
+    else:
+        fewest = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
+        if fewest < 2:
+            raise UserError("a probe's folds need two groups or more of every class: see the column group")
+        splitter = StratifiedGroupKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
+    return list(splitter.split(labels, labels, groups))
 
 
 def _loss(layer: Layer, features: np.ndarray, labels: np.ndarray, class_weights: np.ndarray) -> float:

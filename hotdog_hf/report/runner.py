@@ -140,12 +140,17 @@ def run_knobs(model: str) -> list[tuple[str, str, object]]:
     return []
 
 
-def validation_cut(knobs: Sequence[tuple[str, str, object]], data_dir: str) -> tuple[float, int]:
-    """Return the share of train that the run split off, and its seed; 0 if it used other photos."""
+def photos_of_run(
+    knobs: Sequence[tuple[str, str, object]], data_dir: str
+) -> tuple[float, int, tuple[str, ...]]:
+    """Return the share of train that the run split off, the seed, and its tables of labels.
+
+    0 and no table if it used other photos.
+    """
     knob = {name: value for _, name, value in knobs}
     if "data_dir" in knob and Path(knob["data_dir"]).resolve() == Path(data_dir).resolve():
-        return knob["val_fraction"], knob["seed"]
-    return 0.0, 0
+        return knob["val_fraction"], knob["seed"], tuple(knob.get("labels", ()))
+    return 0.0, 0, ()
 
 
 def older_cut(model: str, photos: Photos) -> str | None:

@@ -76,6 +76,7 @@ def open_run(job: Job, stack: contextlib.ExitStack) -> Path:
         "precision": launch.precision_of(accelerator),
         "photos": job.photos.manifest(),
         "cut_by_content": job.photos.cut_by_content,
+        "labels": job.photos.labels_digest,
     }
     found = launch.run_on_main(accelerator, lambda: _checkpoint_to_resume(config, identity))
     run_dir = checkpoint.run_dir_of(found) if found else config.run.output_dir

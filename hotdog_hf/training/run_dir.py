@@ -39,6 +39,9 @@ def check_same_run(saved: dict, now: dict, anyway: bool) -> None:
     if saved.get("cut_by_content", False) != now.get("cut_by_content", False):
         differences.append("the validation split was cut off by another rule: train has copies of photos")
         refused = True
+    if saved.get("labels") != now.get("labels"):
+        differences.append("--labels gives photos other labels, splits or groups")
+        refused = True
     photos, photos_now = saved["photos"], now["photos"]
     changed = sorted(
         name for name in photos.keys() | photos_now.keys() if photos.get(name) != photos_now.get(name)
