@@ -1,8 +1,17 @@
 """Fine-tune a pretrained image classifier on a folder of photos with the Hugging Face ecosystem."""
 
 import importlib
+import os
+from pathlib import Path
 
 __version__ = "0.1.0"
+
+try:
+    Path.home()
+except RuntimeError:
+    # Before 3.11, matplotlib fails at import for a user without a home; it then takes a temporary folder.
+    os.environ.setdefault("MPLCONFIGDIR", f"{os.devnull}/matplotlib")
+
 # The public names and their modules, imported when first used: a script's --help must not wait for torch.
 _HOMES = {
     "load_predictor": "hotdog_hf.model.predictor",
