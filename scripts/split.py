@@ -50,7 +50,7 @@ def main(config: SplitConfig) -> None:
         print(
             f"left out: {len(left_out)} files not named as images or outside <class>/*, first {left_out[0]}"
         )
-    print(f"to look for near duplicates: python scripts/check_data.py {config.target}")
+    print(f"to look for broken and misplaced files: python scripts/check_data.py {config.target}")
 
 
 if __name__ == "__main__":

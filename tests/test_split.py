@@ -1,5 +1,6 @@
 import pytest
 from conftest import ROOT, draw_photos, run
+from PIL import Image
 
 from hotdog_hf.data import check, divide, folder
 from hotdog_hf.errors import UserError
@@ -43,6 +44,20 @@ def test_every_photo_goes_to_one_side_and_a_copy_goes_with_its_original(pictures
     }
     report = check.check_folder(tmp_path / "photos", cache_file=None, progress=False)
     assert not [finding for finding in report.findings if finding.kind == "leak"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_near_duplicates_go_to_one_side_whatever_their_names(pictures, tmp_path, seed):
+    for path in sorted((pictures / "cat").glob("*.png"))[:8]:
+        Image.open(path).save(path.with_suffix(".jpg"), quality=90)
+    made, _ = divide.split_folder(pictures, tmp_path / "photos", {"test": 0.3}, seed)
+    report = check.check_folder(tmp_path / "photos", cache_file=None, progress=False)
+    assert not [finding for finding in report.findings if finding.kind in ("leak", "near-leak")]
+    assert 4 <= len(made["test"]["cat"]) <= 7 and len(made["test"]["dog"]) == 3
+    for path in sorted((pictures / "cat").iterdir()):
+        path.rename(path.with_name(f"{path.read_bytes()[-20:].hex()}{path.name}"))
+    again, _ = divide.split_folder(pictures, tmp_path / "again", {"test": 0.3}, seed)
+    assert {p.read_bytes() for p in again["test"]["cat"]} == {p.read_bytes() for p in made["test"]["cat"]}
 
 
 def test_the_division_goes_by_content_and_seed(pictures, tmp_path):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from hotdog_hf.data import labels as label_tables
 from hotdog_hf.data.folder import Photos, find_photos, list_classes, unused_files
-from hotdog_hf.data.groups import hold_back, merge_groups
+from hotdog_hf.data.groups import file_groups, hold_back, merge_groups
 from hotdog_hf.errors import UserError
 from hotdog_hf.files import replacing_folder, writing_to
 
@@ -32,9 +32,9 @@ def split_folder(
 
     Returns the photos of the new folder, and the files of the source that were left out.
 
-    Files are hard-linked if possible, else copied. The split depends on a file's content, so a photo under
-    two names is in one split. The tables `labels` override the folders; the photos of one of their groups are
-    in one split, and `labels.csv` in the new folder has the groups. Raises `UserError` for a folder of
+    Files are hard-linked if possible, else copied. The split depends on the files' contents; copies and near
+    duplicates are in one split. The tables `labels` override the folders; the photos of one of their groups
+    are in one split, and `labels.csv` in the new folder has the groups. Raises `UserError` for a folder of
     another structure, a wrong table, a class of too few photos, or a target that exists.
     """
     root, made = Path(source), Path(target)
@@ -57,9 +57,10 @@ def split_folder(
             }
             for name, files in classes.items()
         }
-        if group_of:
-            split_of = _split_groups(root, digests, group_of, shares, seed)
-        else:
+        groups = _groups(digests, group_of)
+        if len(np.unique(groups)) < len({digest for own in digests.values() for digest in own.values()}):
+            split_of = _split_groups(root, digests, groups, shares, seed)
+        else:  # no group has more than copies of one photo
             split_of = {
                 path: split
                 for name, own in digests.items()
@@ -98,19 +99,31 @@ def _split_class(folder: Path, digests: Mapping[Path, bytes], shares: dict[str, 
     return {path: split_of.get(digest, "train") for path, digest in digests.items()}
 
 
+def _groups(digests: Mapping[str, Mapping[Path, bytes]], group_of: Mapping[Path, str]) -> np.ndarray:
+    """Return the group of each photo [N]: of copies, near duplicates, and those of one group in a table.
+
+    The groups are numbered by their contents, so that the names of the files do not matter.
+    """
+    paths = [path for own in digests.values() for path in own]
+    contents = np.array([digest.hex() for own in digests.values() for digest in own.values()])
+    numbers = np.unique(contents, return_inverse=True)[1]
+    groups = merge_groups(file_groups(paths, progress=True), [group_of.get(path) for path in paths])
+    groups = merge_groups(groups, [str(number) for number in numbers])  # copies of what cannot be read
+    smallest = np.full(groups.max() + 1, len(paths))
+    np.minimum.at(smallest, groups, numbers)
+    return np.unique(smallest[groups], return_inverse=True)[1]
+
+
 def _split_groups(
     root: Path,
     digests: Mapping[str, Mapping[Path, bytes]],
-    group_of: Mapping[Path, str],
+    groups: np.ndarray,
     shares: dict[str, float],
     seed: int,
 ) -> dict[Path, str]:
-    """Return the split of each photo, with copies and the photos of a group in the same one."""
+    """Return the split of each photo, with the photos of a group in the same one."""
     paths = [path for own in digests.values() for path in own]
-    contents = [digest for own in digests.values() for digest in own.values()]
     labels = np.repeat(np.arange(len(digests)), [len(own) for own in digests.values()])
-    groups = np.unique(np.array([digest.hex() for digest in contents]), return_inverse=True)[1]
-    groups = merge_groups(groups, [group_of.get(path) for path in paths])
     split_of, left, share_left = dict.fromkeys(paths, "train"), np.arange(len(paths)), 1.0
     for split, share in shares.items():
         try:

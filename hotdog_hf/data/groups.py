@@ -34,18 +34,28 @@ def content_groups(rows: "datasets.Dataset", *, progress: bool = False) -> np.nd
     """
     batches = (rows[start : start + BATCH]["image"] for start in range(0, len(rows), BATCH))
     if rows[0]["image"]["bytes"] is None:
-        paths = [Path(image["path"]) for batch in batches for image in batch]
-        records = check.inspect_files(paths, cache_file=check.default_cache_file(), progress=progress)
-        hashes = [records[path].phash for path in paths]
+        groups = file_groups([Path(image["path"]) for batch in batches for image in batch], progress=progress)
     else:
         with ThreadPoolExecutor(allowed_cores()) as pool:
             hashes = [text for batch in batches for text in pool.map(_hash_image, batch)]
+        groups = _hash_groups(hashes)
+    return merge_groups(groups, rows["group"][:]) if "group" in rows.column_names else groups
+
+
+def file_groups(paths: Sequence[Path], *, progress: bool = False) -> np.ndarray:
+    """Return the group of each file, int64 [N], as `content_groups` does."""
+    records = check.inspect_files(paths, cache_file=check.default_cache_file(), progress=progress)
+    return _hash_groups([records[path].phash for path in paths])
+
+
+def _hash_groups(hashes: Sequence[str]) -> np.ndarray:
+    """Return the group of each perceptual hash, int64 [N]; an empty one has a group of its own."""
     known = np.array([bool(text) for text in hashes])
     groups = np.empty(len(hashes), np.int64)
     groups[known] = similar_groups(np.array([int(text, 16) for text in hashes if text], np.uint64))
     # What cannot be read is like nothing else; training names it.
     groups[~known] = len(hashes) + np.arange((~known).sum())
-    return merge_groups(groups, rows["group"][:]) if "group" in rows.column_names else groups
+    return groups
 
 
 def merge_groups(groups: np.ndarray, names: Sequence[str | None]) -> np.ndarray:
