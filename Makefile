@@ -64,7 +64,7 @@ test-app: install  ## run the tests of the web app, in .venv-app, which adds gra
 	$(PYTHON) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> $$(.venv-app/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
 	.venv-app/bin/python -m pip install --quiet -e ".[app]"
-	.venv-app/bin/python -m pytest -n 0 tests/test_app.py
+	.venv-app/bin/python -m pytest -n 0 tests/test_app.py tests/test_space.py
 
 style: install  ## format the code and fix what ruff can
 	$(PYTHON) -m ruff check --fix .

@@ -69,26 +69,40 @@ def check_can_push(repo: str, repo_type: str = "model") -> None:
 
 
 def push_folder(
-    folder: str | os.PathLike, repo: str, *, private: bool = False, revision: str | None = None
+    folder: str | os.PathLike,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    space_sdk: str | None = None,
+    source: str | os.PathLike | None = None,
 ) -> str:
     """Upload a model folder in one commit, creating repository and branch if needed; return its URL.
 
-    Unchanged files are not uploaded again. Raises `UserError` naming the cause; the folder stays unchanged.
+    With a `space_sdk` ("gradio", "static"), the folder and those below it become a Space; `source` is then
+    the model's folder. Unchanged files are not uploaded again. Raises `UserError` naming the cause; the
+    folder stays unchanged.
     """
-    api = huggingface_hub.HfApi()
-    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
-    operations = [huggingface_hub.CommitOperationAdd(path.name, path) for path in files]
+    api, kind = huggingface_hub.HfApi(), "space" if space_sdk else "model"
+    files = sorted(path for path in Path(folder).glob("**/*" if space_sdk else "*") if path.is_file())
+    operations = [
+        huggingface_hub.CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files
+    ]
     try:
         with hub_errors(repo):
-            url = api.create_repo(repo, private=private, exist_ok=True)
+            url = api.create_repo(repo, private=private, exist_ok=True, repo_type=kind, space_sdk=space_sdk)
             if revision:
                 api.create_branch(repo, branch=revision, exist_ok=True)
-            api.create_commit(repo, operations, commit_message="Upload with hotdog_hf", revision=revision)
+            api.create_commit(
+                repo, operations, commit_message="Upload with hotdog_hf", revision=revision, repo_type=kind
+            )
     except UserError as error:
         flags = [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
-        again = shlex.join(["python", "scripts/push.py", str(folder), repo, *flags])
+        flags += ["--space", space_sdk] if space_sdk else []
+        kept = folder if source is None else source
+        again = shlex.join(["python", "scripts/push.py", str(kept), repo, *flags])
         raise UserError(
-            f"{error}. Nothing is lost: {folder} is unchanged; push it later with `{again}`"
+            f"{error}. Nothing is lost: {kept} is unchanged; push it later with `{again}`"
         ) from error
     return f"{url}/tree/{revision}" if revision else str(url)
 

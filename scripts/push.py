@@ -1,7 +1,8 @@
-"""Upload a trained model, or a folder of photos as a data set, to the Hugging Face Hub.
+"""Upload a trained model, a Space around it, or a folder of photos as a data set, to the Hugging Face Hub.
 
     python scripts/push.py runs/demo/model user/name
     python scripts/push.py runs/demo/model user/name --private --revision try-2
+    python scripts/push.py runs/demo/model user/name --space static   # a web page around the model
     python scripts/push.py --dataset my/photos user/name
 
 Log in once with `hf auth login`, or set HF_TOKEN.
@@ -9,6 +10,7 @@ Log in once with `hf auth login`, or set HF_TOKEN.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from tyro.conf import Positional
@@ -24,10 +26,17 @@ class PushConfig:
     names: Positional[tuple[str, ...]]
     # Data folder to upload as an image-classification data set instead.
     dataset: str | None = None
+    # Upload a Space around the model: the web app of scripts/app.py, which the Hub runs (gradio), or the page
+    # of scripts/export.py --web, which runs in the visitor's browser (static).
+    space: Literal["gradio", "static"] | None = None
     # Make the repository private if it is new.
     private: bool = False
     # Branch to upload a model to, created if needed. Unset: main.
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.space and (self.dataset or self.revision):
+            raise ValueError("--space goes with neither --dataset nor --revision")
 
 
 def main(config: PushConfig) -> None:
@@ -51,8 +60,13 @@ def main(config: PushConfig) -> None:
         if not Path(folder).is_dir():
             raise UserError(f"{folder} is not a folder: give a run's model/")
         saved.load_model(folder)  # raises if it cannot be loaded
-        hub.check_can_push(repo)
+        hub.check_can_push(repo, "space" if config.space else "model")
         print(describe_upload(folder))
+        if config.space:
+            from hotdog_hf.deploy.space import push_space
+
+            print("pushed to", push_space(folder, repo, config.space, private=config.private))
+            return
         print("pushed to", hub.push_folder(folder, repo, private=config.private, revision=config.revision))
 
 

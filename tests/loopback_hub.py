@@ -210,7 +210,7 @@ class Call:
     @property
     def repo(self) -> tuple[str, str]:
         """Return the kind and id of the repository that the path names."""
-        return "dataset" if self.parts["kind"].startswith("dataset") else "model", self.parts["id"]
+        return self.parts["kind"].rstrip("/").removesuffix("s") or "model", self.parts["id"]
 
     @property
     def revision(self) -> str:
@@ -353,6 +353,8 @@ class LoopbackHub:
         self._require_write(call, namespace)
         if not REPO_NAME.fullmatch(name):
             raise HubError(400, f"Invalid repo name: {name}")
+        if wanted.get("type") == "space" and wanted.get("sdk") not in ("gradio", "static", "docker"):
+            raise HubError(400, "A Space needs an sdk")
         repo = Repo(wanted.get("type", "model"), f"{namespace}/{name}", wanted.get("visibility") == "private")
         url = self.url + repo.page
         if (repo.kind, repo.id) in self.repos:
@@ -537,9 +539,9 @@ def _card_metadata(text: str) -> dict[str, Any]:
 
 
 _ID = r"(?P<id>[^/]+(?:/[^/]+)?)"
-_API = rf"/api/(?P<kind>models|datasets)/{_ID}"
-_PAGE = rf"/(?P<kind>datasets/)?{_ID}"
-_LFS = rf"/lfs/(?P<kind>models|datasets)/{_ID}/(?P<oid>[0-9a-f]{{64}})"
+_API = rf"/api/(?P<kind>models|datasets|spaces)/{_ID}"
+_PAGE = rf"/(?P<kind>datasets/|spaces/)?{_ID}"
+_LFS = rf"/lfs/(?P<kind>models|datasets|spaces)/{_ID}/(?P<oid>[0-9a-f]{{64}})"
 _REVISION = r"(?P<revision>[^/]+)"
 
 # The first match wins. HEAD is answered as GET without the body.

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import requests
 import torch
 from conftest import ROOT, draw_photos, run
 from PIL import Image
@@ -129,12 +130,12 @@ def page(chromium, served):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         context = browser.new_context(viewport={"width": 390, "height": 844})
-        requests = []
-        context.on("request", lambda request: requests.append(request.url.removeprefix("blob:")))
+        urls = []
+        context.on("request", lambda request: urls.append(request.url.removeprefix("blob:")))
         page = context.new_page()
         page.goto(address)
         yield page
-        assert len(requests) > 10 and all(url.startswith((address, "data:")) for url in requests)
+        assert len(urls) > 10 and all(url.startswith((address, "data:")) for url in urls)
         browser.close()
 
 
@@ -157,8 +158,20 @@ def test_examples_and_broken_files_get_a_sentence_and_several_photos_a_caption(p
     page.locator(".gallery button").first.click()
     page.locator("#answer h2").wait_for()
     (tmp_path / "broken.jpg").write_text("no image")
+    page.get_by_label("Clear").or_(page.get_by_label("Remove Image")).first.click()
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.jpg")
+    page.get_by_text("broken.jpg cannot be read as an image.").wait_for()
     page.get_by_role("tab", name="Several photos").click()
     files = [photos_dir / "test/hotdog/000.png", photos_dir / "test/hotdog/001.png", tmp_path / "broken.jpg"]
     page.locator("input[type=file]:visible, input[type=file]").last.set_input_files(files)
-    page.get_by_text("broken.jpg cannot be read as an image.").wait_for()
+    page.locator("#problems").get_by_text("broken.jpg cannot be read as an image.").wait_for()
     assert len(re.findall(r"hotdog \(\d+%\)", page.locator("body").inner_text())) >= 2
+
+
+def test_only_what_was_uploaded_is_read(served, run_dir):
+    address, secret = served[0], run_dir / "config.json"
+    photo = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    call = f"{address}/gradio_api/call/answer_one"
+    event = requests.post(call, json={"data": [photo]}, timeout=30).json()["event_id"]
+    assert "event: error" in requests.get(f"{call}/{event}", timeout=30).text
+    assert requests.get(f"{address}/gradio_api/file={secret}", timeout=30).status_code == 403

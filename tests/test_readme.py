@@ -47,6 +47,7 @@ NOT_RUN = {
     r"^make test-gpu": "needs a GPU: make test skips its tests with that reason",
     r"^make (quality|test|demo|report)": "the gate runs it",
     r"^make (train|reproduce)": "needs the network and hours: its script's commands are tested here",
+    r"push\.py .* --space": "test_space.py pushes Spaces and starts them",
     r"scripts/app\.py": "serves until it is stopped: test_app.py uses it in a browser",
     r"^make app": "its script's command is understood",
     r"export\.py .* --web|^make web": "needs npm, or its download: test_web.py exports and opens a page",

@@ -53,6 +53,11 @@ def answer(predictor: Predictor, path: str, explain: bool = True) -> Answer:
     return Answer(describe(predictor.label_names[best], float(row[best])), probabilities, heat)
 
 
+def title_of(label_names: Sequence[str]) -> str:
+    """Return the question that a model answers."""
+    return "What is in this photo?" if len(label_names) > 3 else _capitalized(f"{' or '.join(label_names)}?")
+
+
 def describe(label: str, probability: float) -> str:
     """Return the answer as a person would say it."""
     caution = "" if probability >= SURE else "probably " if probability >= LIKELY else "not sure, perhaps "
@@ -125,10 +130,12 @@ def build_app(
         raise UserError(NEEDS_GRADIO) from error
 
     labels = predictor.label_names
-    title = "What is in this photo?" if len(labels) > 3 else _capitalized(f"{' or '.join(labels)}?")
+    title = title_of(labels)
 
-    def answer_one(path: str | None) -> tuple:
-        found = answer(predictor, path) if path else Answer("")
+    # A photo arrives as it was uploaded (preprocess=False): gradio would convert it otherwise than training
+    # does, and answer a file that is no image with a bare "Error".
+    def answer_one(upload: dict | None) -> tuple:
+        found = answer(predictor, upload["path"]) if upload else Answer("")
         known = found.probabilities is not None
         return (
             f"## {_escape(found.sentence)}" if found.sentence else "",
@@ -143,11 +150,11 @@ def build_app(
         shown = [(path, found.sentence) for path, found in answers if found.probabilities]
         return shown, "\n\n".join(_escape(found.sentence) for _, found in answers if not found.probabilities)
 
-    def keep(path: str | None, label: str | None) -> str:
-        if not path or not label:
+    def keep(upload: dict | None, label: str | None) -> str:
+        if not upload or not label:
             return "Choose what it is first."
         try:
-            file = save_feedback(feedback_dir, path, label, labels)
+            file = save_feedback(feedback_dir, upload["path"], label, labels)
         except UserError as error:
             return _escape(str(error))
         return f"Thank you: saved as {_escape(str(file))}"
@@ -157,9 +164,6 @@ def build_app(
         with gr.Tab("One photo"), gr.Row():
             with gr.Column():
                 photo = gr.Image(type="filepath", label="Photo", height=360, buttons=["fullscreen"])
-                # As it was uploaded: gradio would convert it otherwise than training does, and answer a file
-                # that is no image with a bare "Error".
-                photo.preprocess = lambda upload: upload and upload.path
                 if examples:
                     gr.Examples(_copies(examples), photo, label="Examples", examples_per_page=MAX_EXAMPLES)
             with gr.Column():
@@ -180,9 +184,10 @@ def build_app(
             files = gr.File(file_count="multiple", label="Photos")
             problems = gr.Markdown(elem_id="problems")
             gallery = gr.Gallery(label="Answers", columns=4, height="auto")
-        photo.change(answer_one, photo, [sentence, bars, heat, correction, saved], concurrency_id="model")
+        shown = [sentence, bars, heat, correction, saved]
+        photo.change(answer_one, photo, shown, concurrency_id="model", preprocess=False)
         files.change(answer_several, files, [gallery, problems], concurrency_id="model")
-        save.click(keep, [photo, label], saved)
+        save.click(keep, [photo, label], saved, preprocess=False)
     return app
 
 

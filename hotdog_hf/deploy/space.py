@@ -1,0 +1,72 @@
+"""A Space of the Hugging Face Hub around a model: the web app, or the page that runs in the browser."""
+
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import huggingface_hub
+
+from hotdog_hf import hub
+from hotdog_hf.deploy import quantize
+from hotdog_hf.deploy.app import title_of
+from hotdog_hf.deploy.export import export_onnx
+from hotdog_hf.deploy.static_page import MODEL, export_page
+from hotdog_hf.files import write_text
+from hotdog_hf.model.licenses import card_license, saved_license
+from hotdog_hf.model.predictor import load_predictor
+
+Sdk = Literal["gradio", "static"]
+# The version of gradio that the app is tested with, and what the app needs beside it.
+GRADIO_VERSION = "6.31.0"
+REQUIREMENTS = ("numpy>=2.0", "onnxruntime>=1.18", "pillow>=11.0")
+# The modules of this package that the app imports: neither torch nor the training is among them.
+PACKAGE = Path(__file__).parent.parent
+MODULES = (
+    "__init__ errors machine data/__init__ data/images model/__init__ model/predictor"
+    " deploy/__init__ deploy/app"
+).split()
+APP = f'''"""The app of this Space; made by hotdog_hf."""
+
+from hotdog_hf.deploy.app import build_app
+from hotdog_hf.model.predictor import load_predictor
+
+build_app(load_predictor("{MODEL}")).launch(max_file_size="30mb", footer_links=[], ssr_mode=False)
+'''
+
+
+def push_space(model: str | os.PathLike, repo: str, sdk: Sdk, *, private: bool = False) -> str:
+    """Upload a saved model's folder as a Space in one commit, creating it if needed; return its URL.
+
+    Raises `UserError` if the model cannot be exported, or the Hub refuses the upload.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "space"
+        write_space(model, folder, sdk)
+        return hub.push_folder(folder, repo, private=private, space_sdk=sdk, source=model)
+
+
+def write_space(model: str | os.PathLike, folder: Path, sdk: Sdk) -> None:
+    """Write the files of a Space: the exported model, what shows it, and the card that says how it starts."""
+    metadata = {"sdk": sdk, "app_file": "index.html"}
+    if sdk == "static":
+        shrink = functools.partial(quantize.shrink, precision="fp16")
+        export_page(model, folder, shrink=shrink, tolerance=quantize.TOLERANCES["fp16"])
+    else:
+        metadata = {"sdk": sdk, "sdk_version": GRADIO_VERSION, "app_file": "app.py"}
+        export_onnx(model, folder / MODEL, takes_photos=True)
+        for module in MODULES:
+            file = folder / "hotdog_hf" / f"{module}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(PACKAGE / f"{module}.py", file)
+        write_text(folder / "app.py", APP)
+        write_text(folder / "requirements.txt", "\n".join([*REQUIREMENTS, ""]))
+    title = title_of(load_predictor(folder / MODEL).label_names)
+    about = {"title": title, **metadata, **card_license(saved_license(model)), "tags": ["hotdog_hf"]}
+    where = "in your browser: no photo is uploaded" if sdk == "static" else "on the machine of this Space"
+    card = huggingface_hub.SpaceCard(
+        f"---\n{huggingface_hub.SpaceCardData(**about).to_yaml()}\n---\n\nThe model runs {where}.\n"
+    )
+    write_text(folder / "README.md", str(card))
