@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 # Before torch or any Hugging Face library is imported, here and in every subprocess.
@@ -21,7 +22,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from forked import run_forked
+from forked import Process, run_forked
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +82,16 @@ def tiny_weights(tmp_path_factory) -> Path:
     return path
 
 
+def _words(command: Sequence[object]) -> list[str]:
+    words = [sys.executable if word == "python" else str(word) for word in command]
+    return [sys.executable, shutil.which("accelerate"), *words[1:]] if words[0] == "accelerate" else words
+
+
+def begin(*command: object, cwd: Path = ROOT, **env: str) -> Process:
+    """Start a script or the launcher as `run` does, without waiting for its end."""
+    return Process(_words(command)[1:], cwd, env)
+
+
 def run(
     *command: object, cwd: Path = ROOT, timeout: float = 240, fresh: bool = False, **env: str
 ) -> subprocess.CompletedProcess:
@@ -88,9 +99,7 @@ def run(
 
     Scripts and the launcher are forked from a process that has their imports behind it, unless to be `fresh`.
     """
-    words = [sys.executable if word == "python" else str(word) for word in command]
-    if words[0] == "accelerate":
-        words = [sys.executable, shutil.which("accelerate"), *words[1:]]
+    words = _words(command)
     if words[0] == sys.executable and not words[1].startswith("-") and not fresh:
         return run_forked(words[1:], cwd, timeout, env)
     return subprocess.run(

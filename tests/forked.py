@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import runpy
-import select
 import signal
 import subprocess
 import sys
@@ -40,39 +39,71 @@ def _server(modules: str, thread: int) -> subprocess.Popen:
     return server
 
 
+class Process:
+    """Runs the Python file words[0] with `env` on top of the environment; used like a `subprocess.Popen`.
+
+    It leads a process group of its own.
+    """
+
+    def __init__(self, words: list[str], cwd: Path, env: dict[str, str]):
+        self._server = _server(THOSE_WITHOUT_A_HUB if env else ALL, threading.get_ident())
+        self._scratch = tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._scratch.name, name) for name in ("out", "err")]
+        out, err = map(str, self._outputs)
+        self.words, self.returncode = words, None
+        self.pid = self._ask(words=words, cwd=str(cwd), env=dict(os.environ | env), out=out, err=err)
+
+    def _ask(self, **request: object) -> int | None:
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._ask(poll=self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float = 600) -> int:
+        end, pause = time.monotonic() + timeout, 0.001
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.words, timeout)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        return self.returncode
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        self.wait(timeout)
+        return tuple(path.read_text() for path in self._outputs)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
 def run_forked(
     words: list[str], cwd: Path, timeout: float, env: dict[str, str]
 ) -> subprocess.CompletedProcess:
     """Run the Python file words[0] as `subprocess.run` does, with `env` on top of the environment."""
-    server = _server(THOSE_WITHOUT_A_HUB if env else ALL, threading.get_ident())
-    with tempfile.TemporaryDirectory() as scratch:
-        out, err = Path(scratch, "out"), Path(scratch, "err")
-        request = {
-            "words": words,
-            "cwd": str(cwd),
-            "env": dict(os.environ | env),
-            "out": str(out),
-            "err": str(err),
-        }
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        pid = int(server.stdout.readline())
-        if not select.select([server.stdout], [], [], timeout)[0]:
-            os.killpg(pid, signal.SIGKILL)
-        code = int(server.stdout.readline())
-        if code == -signal.SIGKILL:
-            raise subprocess.TimeoutExpired(words, timeout)
-        return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
+    process = Process(words, cwd, env)
+    try:
+        return subprocess.CompletedProcess(words, process.wait(timeout), *process.communicate())
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
 
 
 def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _become(**request)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _become(**request)
+        print(json.dumps(answer), flush=True)
 
 
 def _become(words: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:

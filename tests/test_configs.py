@@ -20,7 +20,7 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.dataclasses import DistributedType
-from conftest import ROOT, TINY_MODEL, run
+from conftest import ROOT, TINY_MODEL, begin, run
 from test_scripts import metrics_of
 
 from hotdog_hf.model.saved import load_model
@@ -87,11 +87,11 @@ def train_in(cwd, *command, train_flags=()):
 
 
 def start(cwd, *command, train_flags=()):
-    """Start a training in a working folder, as a user would; its log lies beside the folder."""
+    """Start a training in a working folder, as a user would; `wait` writes a log beside the folder."""
     cwd.mkdir(exist_ok=True)
-    words = [str(word) for word in training(*command, train_flags=train_flags)]
-    with (cwd.parent / f"{cwd.name}.log").open("w") as log:
-        return subprocess.Popen(words, cwd=cwd, stdout=log, stderr=log)
+    process = begin(*training(*command, train_flags=train_flags), cwd=cwd)
+    process.log = cwd.parent / f"{cwd.name}.log"
+    return process
 
 
 def wait(*processes, seconds=120):
@@ -105,7 +105,9 @@ def wait(*processes, seconds=120):
     for process in processes:
         if process.poll() is None:
             kill(family(process))
-    return [process.wait() for process in processes]
+    for process in processes:
+        process.log.write_text("".join(process.communicate()))
+    return [process.returncode for process in processes]
 
 
 def family(process):

@@ -5,18 +5,17 @@ import csv
 import dataclasses
 import importlib
 import io
-import os
 import re
 import signal
-import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT, TINY_MODEL, draw_photos, run
+from conftest import ROOT, TINY_MODEL, begin, draw_photos, run
 
 from hotdog_hf.config import RECIPES, parse_train_config
 from hotdog_hf.data.loaders import FeatureDataset
@@ -136,17 +135,11 @@ def test_other_photos_or_knobs_are_another_run(studied, photos):
 
 def test_a_stopped_study_says_so_and_resumes(command, tmp_path):
     words = [*command, "--only", "finetune", "--seeds", 1, "--epochs", 15, "--output-dir", tmp_path / "study"]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("epoch 1"):
-            process.send_signal(signal.SIGTERM)
-            break
+    process, end = begin("python", *words), time.monotonic() + 120
+    while not list(tmp_path.glob("study/*/metrics.jsonl")):  # the first epoch
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
     assert "stopped in epoch" in out and "Traceback" not in err

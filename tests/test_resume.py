@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from conftest import ROOT, TINY_MODEL, run
+from conftest import ROOT, TINY_MODEL, begin, run
 from faults import Faults, exit_code_in_fork
 from test_engine import TWO_PROCESSES
 
@@ -97,10 +96,7 @@ def start(photos_dir, tiny_weights):
     def start_train(run_dir, *flags, launcher=(sys.executable,), data_dir=photos_dir):
         script = (ROOT / "scripts/train.py", "--data-dir", data_dir, "--output-dir", run_dir)
         model = ("--model", TINY_MODEL, "--weights", tiny_weights, "--image-size", 64, "--num-threads", 1)
-        words = [str(word) for word in (*launcher, *script, *model, *flags)]
-        process = subprocess.Popen(
-            words, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        process = begin(*launcher, *script, *model, *flags)
         started.append(process)
         return process
 
@@ -351,7 +347,7 @@ def test_a_signal_stops_after_the_step_and_the_printed_command_goes_on(
     assert process.returncode == code, err
     assert "stopping after the next training step and saving" in err and "Traceback" not in err
     [command] = re.findall(r"resume with: python (.*)", out)
-    done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
+    done = run("python", *shlex.split(command))
     assert done.returncode == 0, done.stderr
     assert_same_run(run_dir, reference)
 
@@ -550,12 +546,11 @@ def test_a_photo_that_becomes_unreadable_is_named_and_the_steps_before_are_kept(
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(start, tmp_path):
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(train, photos_dir, tmp_path):
     """A limit on file sizes stands for the full disk: the first write beyond it fails."""
-    done = start(
-        tmp_path / "run", *FLAGS, launcher=("bash", "-c", 'ulimit -f 1000; exec "$0" "$@"', sys.executable)
-    )
-    _, err = done.communicate(timeout=120)
+    limited = ("bash", "-c", 'ulimit -f 1000; exec "$0" "$@"', sys.executable)
+    done = train(photos_dir, tmp_path / "run", *FLAGS, launcher=limited)
+    err = done.stderr
     assert done.returncode == 2 and "Traceback" not in err
     assert "cannot write" in err and str(tmp_path / "run") in err
     assert checkpoint.latest(tmp_path / "run") is None
@@ -564,11 +559,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(start, tmp_p
 def test_a_dying_process_ends_all_within_seconds_and_is_named(start, tmp_path):
     launcher = start(tmp_path / "run", "--epochs", 100000, launcher=TWO_PROCESSES)
     assert wait_for(lambda: newest(tmp_path / "run"), launcher)
-    [second] = [
-        child
-        for child in psutil.Process(launcher.pid).children(recursive=True)
-        if "train.py" in " ".join(child.cmdline()) and child.environ().get("RANK") == "1"
-    ]
+    _, second = psutil.Process(launcher.pid).children()
     second.kill()
     _, err = launcher.communicate(timeout=60)
     assert launcher.returncode != 0 and re.search(r"rank\s*: 1 ", err)
