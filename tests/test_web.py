@@ -118,8 +118,9 @@ def draw_every_kind(folder):
     see_through.putalpha(Image.linear_gradient("L").resize(see_through.size))
     see_through.save(folder / "transparent.png")
     see_through.save(folder / "transparent.webp", lossless=True, exact=True)
-    for name, size in {"tall": (700, 20), "wide": (20, 700), "dot": (1, 1), "large": (1500, 2000)}.items():
+    for name, size in {"tall": (700, 20), "wide": (20, 700), "dot": (1, 1)}.items():
         smooth(*size, seed=len(name)).save(folder / f"{name}.png")
+    smooth(1200, 1600, 10).save(folder / "large.jpg")  # which `resize_and_crop` decodes at a smaller size
     smooth(64, 64, 11).convert("L").save(folder / "gray.png")
     smooth(64, 64, 12).quantize(16).save(folder / "palette.gif")
     smooth(64, 64, 13).save(folder / "lossy.webp")

@@ -209,11 +209,7 @@ def resized_and_cropped(image: Photo | Image.Image, data_config: dict) -> Image.
 
 
 def reduced(image: Photo | Image.Image, data_config: dict) -> Image.Image:
-    """Decode a photo at the smallest size that is enough for `resize_and_crop`; return an RGB image as is.
-
-    What is resized is the reduced photo, as if the camera had taken it so: an exported model that takes
-    photos gets the same.
-    """
+    """Decode a photo at the smallest size that is enough for `resize_and_crop`; return an RGB image as is."""
     if not isinstance(image, Photo):
         return image
     return image.decode(image.reduction_for(_resized(image.size, data_config)))

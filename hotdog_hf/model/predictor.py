@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from hotdog_hf.data.images import IMAGE_SUFFIXES, Photo, Source, normalize, reduced, resize_and_crop
+from hotdog_hf.data.images import IMAGE_SUFFIXES, Photo, Source, normalize, resize_and_crop
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.machine import allowed_cores, keep_freed_memory
 
@@ -66,8 +66,10 @@ class Predictor(NamedTuple):
 
     def prepare(self, image: Photo | Image.Image) -> np.ndarray:
         """Return a photo or an RGB image as `probabilities` takes it, uint8 [H, W, 3]."""
-        prepared = reduced if self.takes_photos else resize_and_crop
-        return np.asarray(prepared(image, self.data_config))
+        if not self.takes_photos:
+            return resize_and_crop(image, self.data_config)
+        # All of a JPEG's pixels: other runtimes, such as the one in a browser, cannot decode fewer.
+        return np.asarray(image.decode() if isinstance(image, Photo) else image)
 
 
 class Prediction(NamedTuple):
