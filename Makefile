@@ -49,8 +49,9 @@ web: install  ## try a model in the browser, without a server that computes: mak
 	$(PYTHON) scripts/export.py $(MODEL) web --web --precision fp16
 	$(PYTHON) -m http.server 8000 --bind 127.0.0.1 --directory web
 
-pictures: demo report  ## make the README's pictures from the demo (needs chromium)
-	$(PYTHON) .github/pictures.py $(DEMO) data/sample report .github/images
+pictures: demo report  ## make the README's pictures from the demo (needs chromium and npm)
+	$(PYTHON) scripts/export.py $(MODEL) web --web --precision fp16
+	$(PYTHON) .github/pictures.py $(DEMO) data/sample report web .github/images
 
 test: install  ## run the tests, offline
 	$(PYTHON) -m pytest
