@@ -88,6 +88,9 @@ def test_a_gradio_space_starts_from_what_the_hub_holds_without_torch(server, mod
     card = download(server, "tester/app", tmp_path / "space")
     assert (card.sdk, card.app_file, card.title) == ("gradio", "app.py", "Hotdog or not-hotdog?")
     assert server.repos["space", "tester/app"].private
+    assert (
+        "numpy>=2.0\nonnxruntime>=1.18\npillow>=11.0\n" in (tmp_path / "space/requirements.txt").read_text()
+    )
     # Nothing but what requirements.txt names, and their own requirements, is there.
     (tmp_path / "absent").mkdir()
     for name in ("torch", "timm", "safetensors", "datasets", "accelerate"):

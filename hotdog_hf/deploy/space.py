@@ -1,8 +1,10 @@
 """A Space of the Hugging Face Hub around a model: the web app, or the page that runs in the browser."""
 
+import ast
 import functools
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -19,15 +21,16 @@ from hotdog_hf.model.licenses import card_license, saved_license
 from hotdog_hf.model.predictor import load_predictor
 
 Sdk = Literal["gradio", "static"]
-# The version of gradio that the app is tested with, and what the app needs beside it.
+# The version of gradio that the app is tested with.
 GRADIO_VERSION = "6.31.0"
-REQUIREMENTS = ("numpy>=2.0", "onnxruntime>=1.18", "pillow>=11.0")
-# The modules of this package that the app imports: neither torch nor the training is among them.
 PACKAGE = Path(__file__).parent.parent
-MODULES = (
-    "__init__ errors machine data/__init__ data/images model/__init__ model/predictor"
-    " deploy/__init__ deploy/app"
-).split()
+# What the app and the modules that it imports need, by the name it is imported by.
+REQUIREMENTS = {
+    "numpy": "numpy>=2.0",
+    "onnxruntime": "onnxruntime>=1.18",
+    "PIL": "pillow>=11.0",
+    "scipy": "scipy>=1.11",
+}
 APP = f'''"""The app of this Space; made by hotdog_hf."""
 
 from hotdog_hf.deploy.app import build_app
@@ -57,12 +60,14 @@ def write_space(model: str | os.PathLike, folder: Path, sdk: Sdk) -> None:
     else:
         metadata = {"sdk": sdk, "sdk_version": GRADIO_VERSION, "app_file": "app.py"}
         export_onnx(model, folder / MODEL, takes_photos=True)
-        for module in MODULES:
-            file = folder / "hotdog_hf" / f"{module}.py"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(PACKAGE / f"{module}.py", file)
+        files, libraries = app_files()
+        for file in files:
+            copy = folder / "hotdog_hf" / file.relative_to(PACKAGE)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
         write_text(folder / "app.py", APP)
-        write_text(folder / "requirements.txt", "\n".join([*REQUIREMENTS, ""]))
+        needed = sorted(REQUIREMENTS[name] for name in {*libraries, "onnxruntime"})
+        write_text(folder / "requirements.txt", "\n".join([*needed, ""]))
     title = title_of(load_predictor(folder / MODEL).label_names)
     about = {"title": title, **metadata, **card_license(saved_license(model)), "tags": ["hotdog_hf"]}
     where = "in your browser: no photo is uploaded" if sdk == "static" else "on the machine of this Space"
@@ -70,3 +75,34 @@ def write_space(model: str | os.PathLike, folder: Path, sdk: Sdk) -> None:
         f"---\n{huggingface_hub.SpaceCardData(**about).to_yaml()}\n---\n\nThe model runs {where}.\n"
     )
     write_text(folder / "README.md", str(card))
+
+
+def app_files() -> tuple[set[Path], set[str]]:
+    """Return the files of this package that the app imports when it starts, and other libraries' names.
+
+    What functions import when they are called (torch for Grad-CAM, gradio itself) is not among them.
+    """
+    files, libraries, waiting = set(), set(), [PACKAGE / "deploy/app.py"]
+    while waiting:
+        file = waiting.pop()
+        if file in files or not file.is_file():  # a name within a module is no file
+            continue
+        files.add(file)
+        waiting += [folder / "__init__.py" for folder in file.parents if folder.is_relative_to(PACKAGE)]
+        for name in _imports(file):
+            if name.startswith("hotdog_hf"):
+                waiting.append(PACKAGE.parent / f"{name.replace('.', '/')}.py")
+            elif name.partition(".")[0] not in sys.stdlib_module_names:
+                libraries.add(name.partition(".")[0])
+    return files, libraries
+
+
+def _imports(file: Path) -> set[str]:
+    """Return the modules, and the names within them, that a file imports at its top level."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
