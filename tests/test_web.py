@@ -207,6 +207,7 @@ def test_the_browser_lets_nothing_out(page):
             "fetch(%r, {method: 'POST', body: 'photo', mode: 'no-cors'}).then(() => 'sent', () => 'refused')"
         )
         assert page.evaluate(send % elsewhere) == "refused"
+        assert page.workers[0].evaluate(send % elsewhere) == "refused"
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ onmessage = ({ data: { number, file } }) => {
 };
 
 async function load() {
-  const { files } = await (await fetch("model.json")).json();
+  const { files } = JSON.parse(new TextDecoder().decode(await download("model.json")));
   const [model, runtime] = await Promise.all([files.model, files.runtime].map(download));
   ort.env.wasm.numThreads = 1; // more need headers that a plain server does not send
   ort.env.wasm.wasmBinary = await unpacked(runtime);
@@ -29,7 +29,7 @@ async function load() {
 }
 
 async function download(name) {
-  const response = await fetch(name);
+  const response = await fetch(new URL(name, import.meta.url));
   if (!response.ok) throw new Error(`${name}: ${response.status} ${response.statusText}`);
   return response.arrayBuffer();
 }
