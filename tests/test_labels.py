@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT, TINY_MODEL, draw_photos, run
 
 from hotdog_hf.data import check, divide, groups, labels, splits
-from hotdog_hf.data.loaders import PhotoDataset
+from hotdog_hf.data.loaders import FeatureDataset, PhotoDataset
 from hotdog_hf.errors import UserError
-from hotdog_hf.model.regression import stratified_folds
+from hotdog_hf.model import heads
+from hotdog_hf.model.solver import stratified_folds
 
 
 @pytest.fixture
@@ -125,12 +126,12 @@ def test_groups_stay_on_one_side_of_a_cut_and_of_a_fold(photos, tmp_path):
     train = splits.load_splits(photos, labels=table)["train"]
     number = PhotoDataset(train, None).groups
     assert [number[i] == number[i + 4] for i in (0, 3, 8, 11)] == [True] * 4 and len(set(number)) == 8
-    for learned, held_out in stratified_folds(np.asarray(train["label"][:]), number, seed=0):
+    for learned, held_out in stratified_folds(np.asarray(train["label"][:]), number, 5, seed=0):
         assert not {*number[learned]} & {*number[held_out]}
     one = write(tmp_path / "one.csv", [[*row[:2], row[1]] for row in rows], ("path", "label", "group"))
     train = splits.load_splits(photos, labels=one)["train"]
     with pytest.raises(UserError, match="two groups or more of every class"):
-        stratified_folds(np.asarray(train["label"][:]), PhotoDataset(train, None).groups, seed=0)
+        heads.groups_of(FeatureDataset(PhotoDataset(train, None), None))
 
 
 def test_what_shares_a_group_or_a_name_is_together():

@@ -6,7 +6,7 @@ import scipy.optimize
 from sklearn.linear_model import LogisticRegression
 from test_heads import features_of
 
-from hotdog_hf.model import regression
+from hotdog_hf.model import regression, solver
 from hotdog_hf.model.regression import Layer, Prior, fit_regression
 
 
@@ -35,12 +35,16 @@ def test_without_a_prior_it_is_scikit_learns_on_centred_features_of_one_scale(cl
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
-def test_the_gradient_is_that_of_the_loss(calibrated):
+def test_the_gradient_is_that_of_the_loss(calibrated, monkeypatch):
     random = np.random.default_rng(0)
-    weights, logits = random.uniform(0.5, 1, 7) / 7, random.normal(size=(7, 3))
-    problem = regression._Problem(
-        random.normal(size=(7, 4)), np.eye(3)[random.integers(0, 3, 7)], logits, weights, 0.3, calibrated
+    rows = solver.Rows(
+        random.normal(size=(7, 4)),
+        random.integers(0, 3, 7),
+        random.uniform(0.5, 1, 7) / 7,
+        random.normal(size=(7, 3)),
     )
+    problem = solver.SoftmaxRegression(rows, 3, solver.EXACT, 0.3, calibrated)
+    monkeypatch.setattr(solver, "CHUNK", 3)
     point = random.normal(size=(4 + 1) * 3 + 1)
     error = scipy.optimize.check_grad(
         lambda vector: problem.loss_and_gradient(vector, 0.1)[0],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from hotdog_hf.data.images import IMAGE_SUFFIXES, decode_image, normalize
+from hotdog_hf.data.images import IMAGE_SUFFIXES, Photo, decode_image, normalize
 from hotdog_hf.errors import UserError
 from hotdog_hf.model.predictor import Predictor
 
@@ -42,10 +42,9 @@ class Answer(NamedTuple):
 def answer(predictor: Predictor, path: str, explain: bool = True) -> Answer:
     """Classify one photo; a file that is none gets a sentence too."""
     try:
-        image = decode_image(path)
+        prepared = predictor.prepare(Photo(path))
     except UserError:
         return Answer(f"{Path(path).name} cannot be read as an image. Try a JPEG, PNG or WebP file.")
-    prepared = predictor.prepare(image)
     row = predictor.probabilities(np.stack([prepared]))[0]
     best = int(row.argmax())
     heat = explain_answer(predictor, prepared, best) if explain else None

@@ -8,19 +8,18 @@ import numpy as np
 import scipy.special
 import timm.data
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from tqdm import tqdm
 
+from hotdog_hf.data.groups import content_groups, merge_groups
 from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.errors import UserError
-from hotdog_hf.model.regression import Layer, Prior, fit_regression, stratified_folds
+from hotdog_hf.model import solver
+from hotdog_hf.model.regression import Layer, Prior, fit_regression
 
 # Rows of the source's output layer that stand for one of our classes; None: all those of no other class.
 SourceClasses = tuple[int, ...] | None
 
+PROBE_FOLDS = 5
 # Inverse regularisation strengths to choose from, for standardised features.
 PROBE_STRENGTHS = tuple(10.0**power for power in np.arange(-4, 1.5, 0.5))
 
@@ -41,19 +40,31 @@ def fit_head(
     photos so that every class counts the same.
     """
     features, labels = split_features.features.numpy(), split_features.labels
-    crops = [view.features.numpy() for view in views]
+    crops, seed = [view.features.numpy() for view in views], split_features.seed
     if head_init == "probe":
-        layer = probe_head(features, labels, split_features.seed, crops, balanced, split_features.groups)
+        layer = probe_head(features, labels, seed, crops, balanced, groups_of(split_features))
     elif head_init == "source-probe":
         prior_of = functools.partial(source_prior, source_head, sources)
         weights = class_weights(np.bincount(labels)) if balanced else None
-        seed, groups = split_features.seed, split_features.groups
+        groups = groups_of(split_features)
         layer = fit_regression(features, labels, prior_of, seed, crops, weights, groups)
     elif sources is None:
         layer = similar_head(source_head, features, labels)
     else:
         layer = class_vector_head(source_head, features, sources)
     set_head(net, *layer)
+
+
+def groups_of(split_features: FeatureDataset) -> np.ndarray:
+    """Return the group [N] of each photo: copies and near duplicates, and what the column group names.
+
+    Raises `UserError` if all photos of a class are in one named group.
+    """
+    named, labels = split_features.groups, split_features.labels
+    if named is not None and min(len(np.unique(named[labels == label])) for label in np.unique(labels)) < 2:
+        raise UserError("a probe's folds need two groups or more of every class: see the column group")
+    found = content_groups(split_features.rows)
+    return found if named is None else merge_groups(found, named.tolist())
 
 
 def single_photo_warning(head_init: str, counts: dict[str, int]) -> str | None:
@@ -88,39 +99,81 @@ def probe_head(
     On features [N, D], and on `views` of the same photos [N, D] each, standardised with their own mean and
     deviation, which are then folded into the layer. The strength of the L2 penalty is that of the lowest
     log-loss in stratified cross-validation, which scores by the `features` of photos of which no view was
-    learned. With a single photo of some class there are no folds, and nothing to standardise by: the features
-    are centred, and the penalty is `regression.UNTESTED_STRENGTH`. `balanced` weights the photos, in the loss
-    and in the cross-validation, so that every class counts the same. Photos of one of the `groups` [N] stay
-    in one fold.
+    learned, nor of one in the same of `groups` [N], which number photos that show the same. With a single
+    photo or group of some class there are no folds, and nothing to standardise by: the features are centred,
+    and the penalty is `regression.UNTESTED_STRENGTH`. `balanced` weights the photos, in the loss and in the
+    cross-validation, so that every class counts the same.
     """
-    counts = np.bincount(labels)
-    fewest = int(counts.min())
-    weights = class_weights(counts) if balanced else None
-    if fewest < 2:
+    weights = class_weights(np.bincount(labels)) if balanced else np.ones(labels.max() + 1)
+    folds = solver.stratified_folds(labels, groups, PROBE_FOLDS, seed)
+    if not folds:
         return fit_regression(features, labels, lambda *_: None, seed, views, weights, groups)
-    # Newton's method without its matrix of D x D, whose solution took most of a probe's time.
-    weighting = dict(enumerate(weights)) if balanced else None
-    regression = LogisticRegression(solver="newton-cg", tol=1e-6, max_iter=5000, class_weight=weighting)
-    pipeline = make_pipeline(StandardScaler(), regression)
-    starts = np.arange(1 + len(views))[:, None] * len(labels)
-    folds = [
-        ((starts + fitted).ravel(), held_out) for fitted, held_out in stratified_folds(labels, groups, seed)
-    ]
-    strengths = {"logisticregression__C": PROBE_STRENGTHS}
-    scoring = functools.partial(_score, weights=weights) if balanced else "neg_log_loss"
-    search = GridSearchCV(pipeline, strengths, scoring=scoring, cv=folds)
-    everything = np.concatenate([features, *views]).astype(np.float64)
-    scaler, regression = search.fit(everything, np.tile(labels, 1 + len(views))).best_estimator_
-    weight = regression.coef_ / scaler.scale_
-    bias = regression.intercept_ - weight @ scaler.mean_
-    if len(weight) == 1:  # for two classes scikit-learn fits the difference of logits
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    return weight, bias
+    everything = np.concatenate([features, *views])
+    mean, deviation = everything.mean(axis=0, dtype=np.float64), everything.std(axis=0, dtype=np.float64)
+    # Features that are the same on all photos, but for rounding, take no part.
+    deviation[deviation <= 1e-7 * np.abs(mean)] = np.inf
+    coordinates = (everything - mean) / deviation
+    axes = solver.principal_axes(coordinates)
+    coordinates = coordinates @ axes.T
+    targets = np.tile(labels, 1 + len(views))
+    strength, start = _choose_strength(coordinates, targets, weights, len(labels), folds)
+    penalty = _mean_penalty(strength, len(targets), len(weights))
+    for accuracy in (solver.ROUGH, solver.EXACT):
+        start = _probe_problem(coordinates, targets, weights, accuracy).solve(penalty, start)
+    coefficients, bias, _ = start
+    weight = coefficients.T @ axes / deviation
+    return weight, bias - weight @ mean
 
 
-def _score(pipeline: Pipeline, features: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
-    """Return the negative log-loss with a weight for each class."""
-    return -log_loss(labels, pipeline.predict_proba(features), sample_weight=weights[labels])
+def _mean_penalty(strength: float, rows: int, classes: int) -> float:
+    """Return the penalty of a mean log-loss for an inverse strength C of scikit-learn's.
+
+    Of two classes scikit-learn fits one difference of logits, whose penalty is twice that of the two.
+    """
+    return (2 if classes == 2 else 1) / (strength * rows)
+
+
+def _probe_problem(
+    coordinates: np.ndarray, labels: np.ndarray, weights: np.ndarray, accuracy: solver.Accuracy
+) -> solver.SoftmaxRegression:
+    rows = solver.Rows(coordinates, labels, weights[labels] / len(labels))
+    return solver.SoftmaxRegression(rows, len(weights), accuracy)
+
+
+def _choose_strength(
+    coordinates: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    num_photos: int,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> tuple[float, solver.Solution]:
+    """Return the strength of the lowest log-loss on held-back photos, and a solution near that of all photos.
+
+    From the strongest penalty on, each fit starts from the one before, until the loss has risen twice.
+    """
+    coordinates, num_views = coordinates.astype(np.float32), len(labels) // num_photos - 1
+    problems = []
+    for learned, _ in folds:
+        rows = solver.rows_of_photos(learned, num_photos, num_views)
+        problems.append(_probe_problem(coordinates[rows], labels[rows], weights, solver.ROUGH))
+    solutions = [problem.start() for problem in problems]
+    losses, starts = [], []
+    with tqdm(total=len(PROBE_STRENGTHS), desc="probe", leave=False, disable=None) as bar:
+        for strength in PROBE_STRENGTHS:
+            loss = 0.0
+            for number, (problem, (_, held_back)) in enumerate(zip(problems, folds, strict=True)):
+                penalty = _mean_penalty(strength, len(problem.labels), len(weights))
+                solutions[number] = problem.solve(penalty, solutions[number])
+                coefficients, bias, _ = solutions[number]
+                logits, held_labels = coordinates[held_back] @ coefficients + bias, labels[held_back]
+                loss += float(weights[held_labels] @ solver.log_losses(logits, held_labels))
+            losses.append(loss)
+            starts.append(solutions[0])
+            bar.update()
+            if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
+                break
+    best = int(np.argmin(losses))
+    return PROBE_STRENGTHS[best], starts[best]
 
 
 def class_weights(counts: np.ndarray) -> np.ndarray:

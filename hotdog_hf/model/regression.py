@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 import scipy.special
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from tqdm import tqdm
 
-from hotdog_hf.errors import UserError
+from hotdog_hf.model import solver
+from hotdog_hf.model.solver import log_losses, rows_of_photos, stratified_folds
 
 FOLDS = 5
 # Strengths of the L2 penalty on centred features of unit mean square, for a mean loss; the strongest first.
@@ -19,6 +18,10 @@ STRENGTHS = tuple(10.0**power for power in np.arange(1, -4.5, -0.5))
 WEAKEST_TOTAL = 0.3
 # The one that is taken if a class has a single photo, so that no part of train can test the others.
 UNTESTED_STRENGTH = 1.0
+# Where the held-back photos are less likely by this factor's logarithm, weaker penalties are not tried.
+UNLIKELY = 30.0
+# A layer of a smaller share does not change the average.
+NEGLIGIBLE = 1e-6
 # The prior on the scale of the given logits and on the biases counts as much as this many photos.
 PRIOR_PHOTOS = 1.0
 
@@ -57,131 +60,78 @@ def fit_regression(
     every fold anew; None means none. An L2 penalty holds the regression at 0, a weak one `scale` at 1 and the
     biases at 0 (only for calibrated priors), so that the photos overrule the prior as they become many.
     The returned layer averages those of all `STRENGTHS`, each weighted by the likelihood of the photos
-    in stratified cross-validation, which scores a photo only by layers that learned no view of it, and no
-    photo of its group if there are `groups` [N].
+    in stratified cross-validation, which scores a photo only by layers that learned no view of it, nor of
+    another of the same of `groups` [N], which number photos that show the same.
     """
-    count, starts = len(labels), np.arange(1 + len(views))[:, None] * len(labels)
-    everything = np.concatenate([features, *views]).astype(np.float64)
-    targets = np.tile(labels, 1 + len(views))
+    count = len(labels)
+    everything, targets = np.concatenate([features, *views]), np.tile(labels, 1 + len(views))
     weights = np.ones(labels.max() + 1) if class_weights is None else class_weights
-    fewest = int(np.bincount(labels).min())
-    if fewest < 2:
-        return _fit_path(everything, targets, prior_of, weights, count, (UNTESTED_STRENGTH,))[0]
-    folds = stratified_folds(labels, groups, seed)
+    folds = stratified_folds(labels, groups, FOLDS, seed)
+    if not folds:
+        path = _Path(everything, targets, prior_of, weights, count, solver.EXACT)
+        return path.layer(UNTESTED_STRENGTH)
+    fitted = [rows_of_photos(learned, count, len(views)) for learned, _ in folds]
+    paths = [
+        _Path(everything[rows], targets[rows], prior_of, weights, len(rows) // (1 + len(views)), solver.ROUGH)
+        for rows in fitted
+    ]
+    losses: list[float] = []
     strengths = [strength for strength in STRENGTHS if strength * count >= WEAKEST_TOTAL]
-    losses = np.zeros(len(strengths))
-    for learned, held_back in tqdm(folds, "folds", leave=False, disable=None):
-        rows = (starts + learned).ravel()
-        layers = _fit_path(everything[rows], targets[rows], prior_of, weights, len(learned), strengths)
-        losses += [_loss(layer, features[held_back], labels[held_back], weights) for layer in layers]
-    shares = scipy.special.softmax(-losses)
-    layers = _fit_path(everything, targets, prior_of, weights, count, strengths)
-    return Layer(
-        sum(share * layer.weight for share, layer in zip(shares, layers, strict=True)),
-        sum(share * layer.bias for share, layer in zip(shares, layers, strict=True)),
-    )
-
-
-def stratified_folds(
-    labels: np.ndarray, groups: np.ndarray | None, seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return `FOLDS` stratified folds as (learned, held out) indices, fewer if a class has fewer photos.
-
-    Photos of the same group [N] stay in one fold; None: every photo for itself. Raises `UserError` if all
-    photos of a class are in one group.
-    """
-    if groups is None:
-        fewest = int(np.bincount(labels).min())
-        splitter = StratifiedKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
-    else:
-        fewest = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
-        if fewest < 2:
-            raise UserError("a probe's folds need two groups or more of every class: see the column group")
-        splitter = StratifiedGroupKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
-    return list(splitter.split(labels, labels, groups))
+    for strength in tqdm(strengths, "probe", leave=False, disable=None):
+        layers = [path.layer(strength) for path in paths]
+        pairs = zip(layers, folds, strict=True)
+        losses.append(sum(_loss(layer, features[held], labels[held], weights) for layer, (_, held) in pairs))
+        if losses[-1] > min(losses) + UNLIKELY:
+            break
+    shares = scipy.special.softmax(-np.array(losses))
+    path, weight, bias = _Path(everything, targets, prior_of, weights, count, solver.EXACT), 0.0, 0.0
+    for strength, share in zip(strengths, shares, strict=False):
+        if share > NEGLIGIBLE:
+            layer = path.layer(strength)
+            weight, bias = weight + share * layer.weight, bias + share * layer.bias
+    return Layer(weight, bias)
 
 
 def _loss(layer: Layer, features: np.ndarray, labels: np.ndarray, class_weights: np.ndarray) -> float:
     """Return the sum of the log-loss over photos, weighted by their classes."""
-    log_probabilities = scipy.special.log_softmax(layer.logits(features), axis=1)
-    return -float(class_weights[labels] @ log_probabilities[np.arange(len(labels)), labels])
+    return float(class_weights[labels] @ log_losses(layer.logits(features), labels))
 
 
-def _fit_path(
-    features: np.ndarray,
-    labels: np.ndarray,
-    prior_of: Callable[[np.ndarray, np.ndarray], Prior | None],
-    class_weights: np.ndarray,
-    num_photos: int,
-    strengths: Sequence[float],
-) -> list[Layer]:
-    """Return a layer for every strength, each fit starting from the one before."""
-    classes, prior = len(class_weights), prior_of(features, labels)
-    given = prior.layer if prior else Layer(np.zeros((classes, features.shape[1])), np.zeros(classes))
-    mean = features.mean(axis=0)
-    centred = features - mean
-    scale = np.sqrt(np.mean(centred**2)) or 1.0
-    # The penalty does not change if the axes are turned; those without any deviation need no coefficient.
-    left, singular, axes = np.linalg.svd(centred / scale, full_matrices=False)
-    kept = singular > 1e-9 * max(singular[0], 1e-300)
-    coordinates, axes = left[:, kept] * singular[kept], axes[kept]
-    problem = _Problem(
-        coordinates,
-        np.eye(classes)[labels],
-        given.logits(features) if prior else np.zeros((len(labels), classes)),
-        class_weights[labels] / len(labels),
-        PRIOR_PHOTOS / num_photos,
-        bool(prior and prior.calibrated),
-    )
-    solution, layers = problem.start(), []
-    for strength in strengths:
-        solution = problem.solve(strength, solution)
-        coefficients, bias, factor = problem.unpack(solution)
-        weight = coefficients.T @ axes / scale
-        layers.append(Layer(factor * given.weight + weight, factor * given.bias + bias - weight @ mean))
-    return layers
+class _Path:
+    """The layers of one set of photos for several strengths, each fit starting from the one before."""
 
-
-class _Problem(NamedTuple):
-    """The penalised mean loss of one set of photos, as a function of one vector."""
-
-    coordinates: np.ndarray
-    targets: np.ndarray
-    given_logits: np.ndarray
-    weights: np.ndarray
-    prior_strength: float
-    calibrated: bool
-
-    def start(self) -> np.ndarray:
-        """Return the vector that changes nothing about the given logits."""
-        size = (self.coordinates.shape[1] + 1) * self.targets.shape[1]
-        return np.append(np.zeros(size), 1.0)
-
-    def unpack(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        """Return the coefficients [D, classes], the biases [classes], and the factor of the given logits."""
-        classes = self.targets.shape[1]
-        return vector[: -classes - 1].reshape(-1, classes), vector[-classes - 1 : -1], vector[-1]
-
-    def solve(self, strength: float, start: np.ndarray) -> np.ndarray:
-        """Return the vector of the lowest loss."""
-        options = {"maxiter": 1000, "gtol": 1e-5, "maxcor": 20}
-        found = scipy.optimize.minimize(
-            self.loss_and_gradient, start, strength, "L-BFGS-B", jac=True, options=options
+    def __init__(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        prior_of: Callable[[np.ndarray, np.ndarray], Prior | None],
+        class_weights: np.ndarray,
+        num_photos: int,
+        accuracy: solver.Accuracy,
+    ):
+        classes, prior = len(class_weights), prior_of(features, labels)
+        none = Layer(np.zeros((classes, features.shape[1])), np.zeros(classes))
+        self.given, self.mean = prior.layer if prior else none, features.mean(axis=0, dtype=np.float64)
+        centred = features - self.mean
+        self.scale = np.sqrt(np.mean(centred**2)) or 1.0
+        centred /= self.scale
+        self.axes = solver.principal_axes(centred)
+        rows = solver.Rows(
+            centred @ self.axes.T,
+            labels,
+            class_weights[labels] / len(labels),
+            self.given.logits(features) if prior else None,
         )
-        return found.x
+        calibrated = bool(prior and prior.calibrated)
+        self.problem = solver.SoftmaxRegression(
+            rows, classes, accuracy, PRIOR_PHOTOS / num_photos, calibrated
+        )
+        self.solution = self.problem.start()
 
-    def loss_and_gradient(self, vector: np.ndarray, strength: float) -> tuple[float, np.ndarray]:
-        """Return the penalised loss and its gradient."""
-        coefficients, bias, factor = self.unpack(vector)
-        logits = self.coordinates @ coefficients + bias + factor * self.given_logits
-        log_sum = scipy.special.logsumexp(logits, axis=1, keepdims=True)
-        loss = self.weights @ (log_sum[:, 0] - (logits * self.targets).sum(axis=1))
-        loss += strength / 2 * (coefficients**2).sum() + self.prior_strength / 2 * (factor - 1) ** 2
-        error = (np.exp(logits - log_sum) - self.targets) * self.weights[:, None]
-        bias_gradient = error.sum(axis=0)
-        if self.calibrated:
-            loss += self.prior_strength / 2 * (bias**2).sum()
-            bias_gradient += self.prior_strength * bias
-        gradient = self.coordinates.T @ error + strength * coefficients
-        factor_gradient = (error * self.given_logits).sum() + self.prior_strength * (factor - 1)
-        return loss, np.concatenate([gradient.ravel(), bias_gradient, [factor_gradient]])
+    def layer(self, strength: float) -> Layer:
+        """Return the layer of a penalty."""
+        self.solution = self.problem.solve(strength, self.solution)
+        coefficients, bias, factor = self.solution
+        weight = coefficients.T @ self.axes / self.scale
+        bias = factor * self.given.bias + bias - weight @ self.mean
+        return Layer(factor * self.given.weight + weight, bias)
