@@ -61,10 +61,15 @@ def groups_of(split_features: FeatureDataset) -> np.ndarray:
     Raises `UserError` if all photos of a class are in one named group.
     """
     named, labels = split_features.groups, split_features.labels
-    if named is not None and min(len(np.unique(named[labels == label])) for label in np.unique(labels)) < 2:
+    sizes = [(len(of_class), len(np.unique(of_class))) for of_class in _by_class(named, labels)]
+    if any(groups < 2 <= photos for photos, groups in sizes):
         raise UserError("a probe's folds need two groups or more of every class: see the column group")
     found = content_groups(split_features.rows)
     return found if named is None else merge_groups(found, named.tolist())
+
+
+def _by_class(values: np.ndarray | None, labels: np.ndarray) -> list[np.ndarray]:
+    return [] if values is None else [values[labels == label] for label in np.unique(labels)]
 
 
 def single_photo_warning(head_init: str, counts: dict[str, int]) -> str | None:
