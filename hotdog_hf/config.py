@@ -234,6 +234,9 @@ class RunConfig:
     # Which epoch's model is saved: the last, or the one with the lowest validation loss (among those at least
     # as accurate as a fitted head was at the start).
     keep: Literal["last", "best"] = "last"
+    # Divide the saved output layer by a temperature that makes its probabilities honest, if there are photos
+    # to fit it to: those of validation, or those that the folds of a probe leave out. Labels stay the same.
+    calibrate: bool = True
     # Seed of the head's initialisation, the order of the photos, the augmentation and the validation split.
     seed: int = 0
     # Use only deterministic algorithms: slower on a GPU; a CPU is deterministic anyway.

@@ -31,6 +31,8 @@ CARD_METRICS = {
 
 # With more classes, a page lists the most frequent confusions instead of the whole table.
 MAX_TABLE_CLASSES = 30
+# Bins of equal width of the calibration error.
+CALIBRATION_BINS = 15
 # Entries of the largest table that areas are computed from, 8 bytes each.
 AREA_TABLE = 1_000_000
 
@@ -113,6 +115,19 @@ def most_confused(confusion_matrix: Sequence[Sequence[int]], count: int) -> list
 def log_loss(scores: np.ndarray, labels: np.ndarray) -> float:
     """Return scikit-learn's log-loss of probabilities [N, classes], without its copies of them."""
     return float(_losses(scores, labels).mean())
+
+
+def confidence_bins(scores: np.ndarray) -> np.ndarray:
+    """Return the bin, of equal width, of each photo's highest probability."""
+    return np.minimum((scores.max(axis=1) * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+
+
+def calibration_error(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Return the expected calibration error of probabilities [N, classes]: how far the mean of the highest is
+    from the share that is correct, over bins.
+    """
+    gaps = (scores.argmax(axis=1) == labels) - scores.max(axis=1)
+    return float(np.abs(np.bincount(confidence_bins(scores), gaps)).sum() / len(labels))
 
 
 def balanced_scores(

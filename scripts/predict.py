@@ -26,6 +26,9 @@ class PredictConfig:
     format: Literal["table", "jsonl", "csv"] = "table"
     # Choose the positive class if its probability is at least this. Unset: choose the most probable class.
     threshold: float | None = None
+    # Also print the classes that together hold the true one for this share of photos like the held-out ones,
+    # such as 0.95 (split conformal prediction). Needs a model of a probe, or trained with validation photos.
+    coverage: float | None = None
     # Class that --threshold applies to. Unset: "hotdog" if it is one of two classes.
     positive_label: str | None = None
     # Precision: float32 (no), or bf16, up to twice as fast on GPUs and CPUs that support it, with slightly
@@ -39,6 +42,8 @@ class PredictConfig:
             raise ValueError("PATH... is missing: give image files, folders, patterns, or -")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"--threshold must be from 0 to 1, got {self.threshold}")
+        if self.coverage is not None and not 0 < self.coverage < 1:
+            raise ValueError(f"--coverage must be between 0 and 1, got {self.coverage}")
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
 
@@ -51,6 +56,7 @@ def main(config: PredictConfig) -> int:
 
     from tqdm import tqdm
 
+    from hotdog_hf.model.calibration import set_limit
     from hotdog_hf.model.predictor import (
         decision_rule,
         format_header,
@@ -61,6 +67,7 @@ def main(config: PredictConfig) -> int:
 
     predictor = load_predictor(config.model, config.precision)
     choose = decision_rule(predictor.label_names, config.positive_label, config.threshold)
+    limit = config.coverage and set_limit(predictor.calibration, config.coverage, config.model)
     # Ctrl-C and `| head` end it at once, without a traceback.
     for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
@@ -68,9 +75,9 @@ def main(config: PredictConfig) -> int:
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
     exit_code = 0
-    if header := format_header(config.format, predictor.label_names):
+    if header := format_header(config.format, predictor.label_names, limit is not None):
         print(header, flush=True)
-    results = predict_paths(predictor, config.paths, choose, config.batch_size)
+    results = predict_paths(predictor, config.paths, choose, config.batch_size, limit)
     # None lets tqdm decide: a bar on a terminal, unless the predictions themselves appear there.
     for result in tqdm(results, unit="img", leave=False, disable=sys.stdout.isatty() or None):
         if isinstance(result, UserError):

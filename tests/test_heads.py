@@ -18,7 +18,7 @@ from test_scripts import metrics_of
 from hotdog_hf.data import loaders, transforms
 from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError
-from hotdog_hf.model import heads, network, solver
+from hotdog_hf.model import heads, network, regression, solver
 from hotdog_hf.model.saved import load_model
 from hotdog_hf.model.source import create_source, source_data_config
 
@@ -350,7 +350,7 @@ def assert_scores(row, split, scores):
 
 
 def test_the_probe_recipe_solves_judges_and_saves_without_a_step(tiny_weights, photos_dir, tmp_path):
-    train_here(tiny_weights, photos_dir, tmp_path / "run", "--recipe", "probe")
+    train_here(tiny_weights, photos_dir, tmp_path / "run", "--recipe", "probe", "--no-calibrate")
     zero, final = numbers_of(tmp_path / "run")
     assert zero["epoch"] == 0 and final["final"]
     photos = load_photos(photos_dir)
@@ -387,8 +387,8 @@ def test_the_class_vector_recipe_is_judged_before_its_first_step(tiny_weights, p
     [(("--learning-rate", 0.1), 0), (("--augmentation", "none", "--probe-views", 0), 1)],
 )
 def test_the_best_recipe_keeps_the_better_of_start_and_end(tiny_weights, photos_dir, tmp_path, flags, kept):
-    flags = ("--recipe", "best", "--val-fraction", 0.3, "--epochs", 1, "--train-image-size", 64, *flags)
-    train_here(tiny_weights, photos_dir, tmp_path / "run", *flags)
+    flags = ("--val-fraction", 0.3, "--epochs", 1, "--train-image-size", 64, "--no-calibrate", *flags)
+    train_here(tiny_weights, photos_dir, tmp_path / "run", "--recipe", "best", *flags)
     *rows, final = numbers_of(tmp_path / "run")
     assert [row["epoch"] for row in rows] == [0, 1] and "test_loss" not in rows[0]
     better = rows[1]["validation_loss"] < rows[0]["validation_loss"]
@@ -404,7 +404,7 @@ def lines_of(capsys):
 
 def test_the_source_probe_starts_from_the_classes_it_names(tiny_weights, photos_dir, tmp_path, capsys):
     """With weights by chance the source knows nothing: what counts is that its rows have been asked."""
-    flags = ("--recipe", "source-probe", "--source-class")
+    flags = ("--recipe", "source-probe", "--no-calibrate", "--source-class")
     train_here(tiny_weights, photos_dir, tmp_path / "named", *flags, "hotdog=934,3")
     assert "source classes: hotdog = hotdog + tiger shark, not-hotdog = all others" in lines_of(capsys)
     train_here(tiny_weights, photos_dir, tmp_path / "found", *flags, "auto")
@@ -419,7 +419,7 @@ def test_the_source_probe_starts_from_the_classes_it_names(tiny_weights, photos_
         with torch.no_grad():
             features = net.forward_head(net.forward_features(images), pre_logits=True).numpy()
         prior_of = functools.partial(heads.source_prior, source.get_classifier(), sources)
-        expected = heads.fit_regression(features, labels.numpy(), prior_of, seed=0)
+        expected = regression.fit_regression(features, labels.numpy(), prior_of, seed=0)
         ours = net.get_classifier().weight.detach().numpy()
         np.testing.assert_allclose(ours, expected.weight, rtol=1e-2, atol=1e-4)
 

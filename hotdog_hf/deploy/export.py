@@ -55,6 +55,7 @@ def export_onnx(
         raise UserError(NEEDS_ONNX) from error
     net = saved.load_model(name)
     label_names, data_config = network.label_names_of(net), network.data_config_of(net)
+    calibration = net.pretrained_cfg["calibration"]
     net = torch.nn.Sequential(net, torch.nn.Softmax(dim=1)).eval()
     pictures = _noise()
     images = np.stack([resize_and_crop(Image.fromarray(picture), data_config) for picture in pictures])
@@ -65,6 +66,8 @@ def export_onnx(
     if shrink:
         exported = shrink(exported, label_names, data_config)
     about = {"label_names": json.dumps(label_names), "data_config": json.dumps(data_config)}
+    if calibration:
+        about["calibration"] = json.dumps(calibration)
     onnx.helper.set_model_props(exported, about)
     out = Path(out)
     try:

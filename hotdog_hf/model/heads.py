@@ -14,7 +14,7 @@ from hotdog_hf.data.groups import content_groups, merge_groups
 from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import solver
-from hotdog_hf.model.regression import Layer, Prior, fit_regression
+from hotdog_hf.model.regression import Layer, Prior, fit_with_held_out
 
 # Rows of the source's output layer that stand for one of our classes; None: all those of no other class.
 SourceClasses = tuple[int, ...] | None
@@ -32,27 +32,33 @@ def fit_head(
     source_head: torch.nn.Linear,
     sources: Sequence[SourceClasses] | None,
     balanced: bool = False,
-) -> None:
+) -> np.ndarray | None:
     """Fit the output layer to the training photos' features, as `head_init` says.
+
+    Returns the logits [N, classes] that cross-validation has for each photo from a layer that did not learn
+    it; None if there was none.
 
     `split_features` has the photos as in evaluation, each of `views` a random crop of every one of them;
     `sources` are the source classes of ours, None: those that the photos look like. `balanced` weights the
     photos so that every class counts the same.
     """
     features, labels = split_features.features.numpy(), split_features.labels
+    held_out = None
     crops, seed = [view.features.numpy() for view in views], split_features.seed
     if head_init == "probe":
-        layer = probe_head(features, labels, seed, crops, balanced, groups_of(split_features))
+        groups = groups_of(split_features)
+        layer, held_out = probe_with_held_out(features, labels, seed, crops, balanced, groups)
     elif head_init == "source-probe":
         prior_of = functools.partial(source_prior, source_head, sources)
         weights = class_weights(np.bincount(labels)) if balanced else None
         groups = groups_of(split_features)
-        layer = fit_regression(features, labels, prior_of, seed, crops, weights, groups)
+        layer, held_out = fit_with_held_out(features, labels, prior_of, seed, crops, weights, groups)
     elif sources is None:
         layer = similar_head(source_head, features, labels)
     else:
         layer = class_vector_head(source_head, features, sources)
     set_head(net, *layer)
+    return held_out
 
 
 def groups_of(split_features: FeatureDataset) -> np.ndarray:
@@ -98,7 +104,19 @@ def probe_head(
     views: Sequence[np.ndarray] = (),
     balanced: bool = False,
     groups: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Layer:
+    """Return the layer of `probe_with_held_out`."""
+    return probe_with_held_out(features, labels, seed, views, balanced, groups)[0]
+
+
+def probe_with_held_out(
+    features: np.ndarray,
+    labels: np.ndarray,
+    seed: int,
+    views: Sequence[np.ndarray] = (),
+    balanced: bool = False,
+    groups: np.ndarray | None = None,
+) -> tuple[Layer, np.ndarray | None]:
     """Fit the output layer: weight [classes, D] and bias [classes] of a logistic regression.
 
     On features [N, D], and on `views` of the same photos [N, D] each, standardised with their own mean and
@@ -108,11 +126,13 @@ def probe_head(
     photo or group of some class there are no folds, and nothing to standardise by: the features are centred,
     and the penalty is `regression.UNTESTED_STRENGTH`. `balanced` weights the photos, in the loss and in the
     cross-validation, so that every class counts the same.
+
+    Also returns the logits [N, classes] of each photo by the layer that did not learn it; None without folds.
     """
     weights = class_weights(np.bincount(labels)) if balanced else np.ones(labels.max() + 1)
     folds = solver.stratified_folds(labels, groups, PROBE_FOLDS, seed)
     if not folds:
-        return fit_regression(features, labels, lambda *_: None, seed, views, weights, groups)
+        return fit_with_held_out(features, labels, lambda *_: None, seed, views, weights, groups)
     everything = np.concatenate([features, *views])
     mean, deviation = everything.mean(axis=0, dtype=np.float64), everything.std(axis=0, dtype=np.float64)
     # Features that are the same on all photos, but for rounding, take no part.
@@ -121,13 +141,13 @@ def probe_head(
     axes = solver.principal_axes(coordinates)
     coordinates = coordinates @ axes.T
     targets = np.tile(labels, 1 + len(views))
-    strength, start = _choose_strength(coordinates, targets, weights, len(labels), folds)
+    strength, start, held_out = _choose_strength(coordinates, targets, weights, len(labels), folds)
     penalty = _mean_penalty(strength, len(targets), len(weights))
     for accuracy in (solver.ROUGH, solver.EXACT):
         start = _probe_problem(coordinates, targets, weights, accuracy).solve(penalty, start)
     coefficients, bias, _ = start
     weight = coefficients.T @ axes / deviation
-    return weight, bias - weight @ mean
+    return Layer(weight, bias - weight @ mean), held_out
 
 
 def _mean_penalty(strength: float, rows: int, classes: int) -> float:
@@ -151,8 +171,10 @@ def _choose_strength(
     weights: np.ndarray,
     num_photos: int,
     folds: Sequence[tuple[np.ndarray, np.ndarray]],
-) -> tuple[float, solver.Solution]:
+) -> tuple[float, solver.Solution, np.ndarray]:
     """Return the strength of the lowest log-loss on held-back photos, and a solution near that of all photos.
+
+    The third is the logits [N, classes] of each photo at that strength, by the fold that held it back.
 
     From the strongest penalty on, each fit starts from the one before, until the loss has risen twice.
     """
@@ -165,20 +187,23 @@ def _choose_strength(
     losses, starts = [], []
     with tqdm(total=len(PROBE_STRENGTHS), desc="probe", leave=False, disable=None) as bar:
         for strength in PROBE_STRENGTHS:
-            loss = 0.0
+            loss, held_logits = 0.0, np.empty((num_photos, len(weights)), np.float32)
             for number, (problem, (_, held_back)) in enumerate(zip(problems, folds, strict=True)):
                 penalty = _mean_penalty(strength, len(problem.labels), len(weights))
                 solutions[number] = problem.solve(penalty, solutions[number])
                 coefficients, bias, _ = solutions[number]
                 logits, held_labels = coordinates[held_back] @ coefficients + bias, labels[held_back]
+                held_logits[held_back] = logits
                 loss += float(weights[held_labels] @ solver.log_losses(logits, held_labels))
             losses.append(loss)
+            if loss == min(losses):
+                held_out = held_logits
             starts.append(solutions[0])
             bar.update()
             if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
                 break
     best = int(np.argmin(losses))
-    return PROBE_STRENGTHS[best], starts[best]
+    return PROBE_STRENGTHS[best], starts[best], held_out
 
 
 def class_weights(counts: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from PIL import Image
 from hotdog_hf.data.images import IMAGE_SUFFIXES, Photo, Source, normalize, resize_and_crop
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.machine import allowed_cores, keep_freed_memory
+from hotdog_hf.model import calibration
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 MAX_DECODERS = 8
 # Images of a long list per forward pass.
 CALL_BATCH = 32
+# A set of classes that has none: no class is probable enough.
+EMPTY_SET = "(none)"
 NEEDS_ONNX = 'this needs onnx and onnxruntime: pip install -e ".[onnx]"'
 
 
@@ -47,6 +50,8 @@ class Predictor(NamedTuple):
     takes_photos: bool = False
     # The network of a saved model, for what needs more than its probabilities.
     net: "torch.nn.Module | None" = None
+    # What `calibration.calibrate` kept with the model, if there were held-out photos.
+    calibration: dict | None = None
 
     def __call__(self, images: Source | Sequence[Source]) -> dict[str, float] | list[dict[str, float]]:
         """Return the probability of each class, by its name; a list of such dicts for a list of images.
@@ -78,6 +83,8 @@ class Prediction(NamedTuple):
     path: str
     label: str
     probabilities: dict[str, float]
+    # The classes that together keep a promised coverage, the most probable first; None if none was asked for.
+    classes: tuple[str, ...] | None = None
 
 
 def load_predictor(name: str | os.PathLike, precision: str = "no") -> Predictor:
@@ -114,7 +121,14 @@ def _load_saved(name: str | os.PathLike, precision: str) -> Predictor:
             logits = net(to_input(batch))
         return logits.float().softmax(dim=1).cpu().numpy()
 
-    return Predictor(network.label_names_of(net), data_config, probabilities, device != "cpu", net=net)
+    return Predictor(
+        network.label_names_of(net),
+        data_config,
+        probabilities,
+        device != "cpu",
+        net=net,
+        calibration=net.pretrained_cfg["calibration"],
+    )
 
 
 def _load_exported(path: Path) -> Predictor:
@@ -140,7 +154,13 @@ def _load_exported(path: Path) -> Predictor:
             return np.stack([session.run(["probabilities"], {"image": image})[0] for image in images])
         return session.run(["probabilities"], {"pixel_values": normalize(images, data_config)})[0]
 
-    return Predictor(json.loads(about["label_names"]), data_config, probabilities, takes_photos=takes_photos)
+    return Predictor(
+        json.loads(about["label_names"]),
+        data_config,
+        probabilities,
+        takes_photos=takes_photos,
+        calibration=json.loads(about.get("calibration", "null")),
+    )
 
 
 def decision_rule(
@@ -214,9 +234,15 @@ def _walk(folder: str) -> Iterator[str | UserError]:
 
 
 def predict_paths(
-    predictor: Predictor, paths: Iterable[str], choose: Callable[[np.ndarray], int], batch_size: int = 32
+    predictor: Predictor,
+    paths: Iterable[str],
+    choose: Callable[[np.ndarray], int],
+    batch_size: int = 32,
+    set_limit: float | None = None,
 ) -> Iterator[Prediction | UserError]:
     """Yield a prediction for every image, or the `UserError` that explains why there is none, in order.
+
+    With the `set_limit` of `calibration.set_limit`, each also has its set of classes.
 
     Cores share the decoding of a batch: while a GPU works on the one before, but in turns with a network on
     the CPU, for they would slow each other down. No more is held in memory: of a predictor that takes photos
@@ -242,7 +268,11 @@ def predict_paths(
                     continue
                 row = next(rows)
                 values = dict(zip(label_names, row.astype(float).round(4).tolist(), strict=True))
-                yield Prediction(item[0], label_names[choose(row)], values)
+                classes = None
+                if set_limit is not None:
+                    within = calibration.classes_within(row, set_limit)
+                    classes = tuple(label_names[i] for i in np.argsort(-row, kind="stable") if within[i])
+                yield Prediction(item[0], label_names[choose(row)], values, classes)
 
 
 def _read(found: str | UserError, predictor: Predictor) -> tuple[str, np.ndarray] | UserError:
@@ -254,23 +284,35 @@ def _read(found: str | UserError, predictor: Predictor) -> tuple[str, np.ndarray
         return error
 
 
-def format_header(style: str, label_names: list[str]) -> str | None:
+def format_header(style: str, label_names: list[str], with_sets: bool = False) -> str | None:
     """Return the line above the predictions, or None if the style has none."""
     if style == "csv":
-        return _csv_line(["path", "label", "probability", *label_names])
-    return _table_line("label", label_names, label_names, "path") if style == "table" else None
+        return _csv_line(["path", "label", "probability", *label_names, *(["set"] if with_sets else [])])
+    end = f"{'set':<{_set_width(label_names)}}  path" if with_sets else "path"
+    return _table_line("label", label_names, label_names, end) if style == "table" else None
 
 
 def format_prediction(style: str, prediction: Prediction) -> str:
     """Return one line as "table", "jsonl" or "csv"; a csv cell may span several."""
-    path, label, probabilities = prediction
+    path, label, probabilities, classes = prediction
     if style == "jsonl":
         row = {"path": path, "label": label, "probability": probabilities[label]}
-        return json.dumps(row | {"probabilities": probabilities})
+        row |= {"probabilities": probabilities}
+        return json.dumps(row if classes is None else row | {"set": classes})
     values = [f"{value:.4f}" for value in probabilities.values()]
     if style == "csv":
-        return _csv_line([path, label, f"{probabilities[label]:.4f}", *values])
-    return _table_line(label, values, list(probabilities), printable(path))
+        sets = [] if classes is None else ["|".join(classes)]
+        return _csv_line([path, label, f"{probabilities[label]:.4f}", *values, *sets])
+    end = printable(path)
+    if classes is not None:
+        shown = ", ".join(classes) or EMPTY_SET
+        end = f"{shown:<{_set_width(probabilities)}}  {end}"
+    return _table_line(label, values, list(probabilities), end)
+
+
+def _set_width(label_names: Iterable[str]) -> int:
+    """Return the width of the column of sets: all classes of two, at most 40 letters."""
+    return min(max(len(", ".join(label_names)), len(EMPTY_SET)), 40)
 
 
 def _table_line(label: str, values: list[str], label_names: list[str], path: str) -> str:

@@ -53,6 +53,19 @@ def fit_regression(
     class_weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> Layer:
+    """Return the layer of `fit_with_held_out`."""
+    return fit_with_held_out(features, labels, prior_of, seed, views, class_weights, groups)[0]
+
+
+def fit_with_held_out(
+    features: np.ndarray,
+    labels: np.ndarray,
+    prior_of: Callable[[np.ndarray, np.ndarray], Prior | None],
+    seed: int,
+    views: Sequence[np.ndarray] = (),
+    class_weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+) -> tuple[Layer, np.ndarray | None]:
     """Fit one linear layer on features [N, D] and on `views` of the same photos [N, D] each.
 
     The logits are `scale` times those of the prior's layer plus a regression on the features, which are
@@ -62,6 +75,8 @@ def fit_regression(
     The returned layer averages those of all `STRENGTHS`, each weighted by the likelihood of the photos
     in stratified cross-validation, which scores a photo only by layers that learned no view of it, nor of
     another of the same of `groups` [N], which number photos that show the same.
+
+    Also returns the logits [N, classes] of each photo by layers that did not learn it; None without folds.
     """
     count = len(labels)
     everything, targets = np.concatenate([features, *views]), np.tile(labels, 1 + len(views))
@@ -69,18 +84,23 @@ def fit_regression(
     folds = stratified_folds(labels, groups, FOLDS, seed)
     if not folds:
         path = _Path(everything, targets, prior_of, weights, count, solver.EXACT)
-        return path.layer(UNTESTED_STRENGTH)
+        return path.layer(UNTESTED_STRENGTH), None
     fitted = [rows_of_photos(learned, count, len(views)) for learned, _ in folds]
     paths = [
         _Path(everything[rows], targets[rows], prior_of, weights, len(rows) // (1 + len(views)), solver.ROUGH)
         for rows in fitted
     ]
     losses: list[float] = []
+    held_logits: list[np.ndarray] = []
     strengths = [strength for strength in STRENGTHS if strength * count >= WEAKEST_TOTAL]
     for strength in tqdm(strengths, "probe", leave=False, disable=None):
         layers = [path.layer(strength) for path in paths]
-        pairs = zip(layers, folds, strict=True)
-        losses.append(sum(_loss(layer, features[held], labels[held], weights) for layer, (_, held) in pairs))
+        held_logits.append(np.empty((count, len(weights)), np.float32))
+        losses.append(0.0)
+        for layer, (_, held) in zip(layers, folds, strict=True):
+            logits = layer.logits(features[held])
+            held_logits[-1][held] = logits
+            losses[-1] += float(weights[labels[held]] @ log_losses(logits, labels[held]))
         if losses[-1] > min(losses) + UNLIKELY:
             break
     shares = scipy.special.softmax(-np.array(losses))
@@ -89,12 +109,8 @@ def fit_regression(
         if share > NEGLIGIBLE:
             layer = path.layer(strength)
             weight, bias = weight + share * layer.weight, bias + share * layer.bias
-    return Layer(weight, bias)
-
-
-def _loss(layer: Layer, features: np.ndarray, labels: np.ndarray, class_weights: np.ndarray) -> float:
-    """Return the sum of the log-loss over photos, weighted by their classes."""
-    return float(class_weights[labels] @ log_losses(layer.logits(features), labels))
+    held_out = sum(share * logits for share, logits in zip(shares, held_logits, strict=True))
+    return Layer(weight, bias), held_out
 
 
 class _Path:

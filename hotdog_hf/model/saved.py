@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
-import safetensors
+import safetensors.torch
 import timm
 import torch
 
@@ -22,7 +22,7 @@ HUB_PREFIX = "hf-hub:"
 # What a source's config says about its weights, which is not true of the trained model.
 SOURCE_KEYS = frozenset(
     "url file hf_hub_id hf_hub_filename source state_dict tag license origin_url paper_name paper_ids notes"
-    " description label_offset label_names test_input_size test_crop_pct test_pool_size".split()
+    " description label_offset label_names calibration test_input_size test_crop_pct test_pool_size".split()
 )
 
 
@@ -31,11 +31,13 @@ def save_model(
     folder: str | os.PathLike,
     license: str | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
+    calibration: dict | None = None,
 ) -> Path:
     """Write `model.safetensors` and `config.json` (architecture, class names, preprocessing) as `folder`.
 
     `license` and `weights` are the model's own unless given (as full tensors, if the model is sharded). The
-    folder is written atomically, replacing an earlier one.
+    folder is written atomically, replacing an earlier one. `calibration` is kept in `config.json`, see
+    `model.calibration`.
     """
     folder = Path(folder)
     # safetensors supports only contiguous tensors, not channels_last.
@@ -52,13 +54,35 @@ def save_model(
             model_config={"label_names": cfg["label_names"]},
             safe_serialization=True,
         )
-        _drop_doubled_num_classes(part / "config.json")
+        _amend_config(part / "config.json", {"calibration": calibration} if calibration else {})
     return folder
 
 
-def _drop_doubled_num_classes(config_file: Path) -> None:
-    """Keep `num_classes` at the root only: in `model_args` too (timm 1.0.31) it breaks transformers 5."""
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+def calibrate_saved(model: torch.nn.Module, folder: Path, license: str, calibration: dict) -> None:
+    """Divide the output layer of the saved `folder` by the temperature, and keep the calibration with it.
+
+    `model` has the architecture of what is saved, see `save_model`.
+    """
+    weights = safetensors.torch.load_file(folder / MODEL_FILES[1])
+    head = {id(parameter) for parameter in model.get_classifier().parameters()}
+    if calibration["temperature"] != 1:
+        for name, parameter in model.named_parameters():
+            if id(parameter) in head:
+                weights[name] = weights[name] / calibration["temperature"]
+    save_model(model, folder, license, weights, calibration)
+
+
+def calibration_of(folder: str | os.PathLike) -> dict | None:
+    """Return the calibration of a saved folder, None if it has none."""
+    return json.loads((Path(folder) / MODEL_FILES[0]).read_text(encoding="utf-8")).get("calibration")
+
+
+def _amend_config(config_file: Path, more: dict) -> None:
+    """Add to a config, and keep `num_classes` at its root only.
+
+    In `model_args` too (timm 1.0.31) it breaks transformers 5.
+    """
+    config = json.loads(config_file.read_text(encoding="utf-8")) | more
     config.get("model_args", {}).pop("num_classes", None)
     config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -94,6 +118,7 @@ def load_model(name: str | os.PathLike, image_size: int | None = None) -> torch.
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
     except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot load the model in {name}: {str(error).splitlines()[0]}") from error
+    model.pretrained_cfg["calibration"] = config.get("calibration")
     if not model.pretrained_cfg.get("label_names"):
         raise UserError(f"{name}: config.json names no classes (label_names)")
     return model

@@ -15,6 +15,7 @@ from hotdog_hf import templates, webpage
 from hotdog_hf.errors import printable
 from hotdog_hf.files import replacing_folder, writing_to
 from hotdog_hf.metrics import CARD_METRICS, MAX_TABLE_CLASSES, most_confused
+from hotdog_hf.model.calibration import uncalibrated
 from hotdog_hf.report.scores import CALIBRATION_BINS, RESAMPLES, confidence_bins, normalise_rows
 from hotdog_hf.training.records import write_predictions
 from hotdog_hf.webpage import INK, SERIES
@@ -52,8 +53,9 @@ def write_report(
 ) -> None:
     """Write metrics.json, predictions.csv and report.html to `folder` atomically.
 
-    `summary` is that of `summarise` with `model`, `data_dir`, `split`, `label_names`, `positive_label` and
-    `threshold` (a dict, or None); a picture has `index`, `photo` and `overlay` (data URIs or None).
+    `summary` is that of `summarise` with `model`, `data_dir`, `split`, `label_names`, `positive_label`,
+    `threshold` and `calibration` (a dict, or None); a picture has `index`, `photo` and `overlay` (data URIs
+    or None).
     """
     with writing_to(folder), replacing_folder(folder) as part:
         text = json.dumps({"hotdog_hf": hotdog_hf.__version__, **summary}, indent=2, allow_nan=False)
@@ -73,7 +75,7 @@ def _page(
     command: str,
 ) -> str:
     names, positive = [printable(name) for name in summary["label_names"]], summary["positive_label"]
-    chosen = probabilities.argmax(axis=1)
+    chosen, calibration = probabilities.argmax(axis=1), summary.get("calibration")
     shown = [summary["label_names"].index(positive)] if positive and len(names) == 2 else range(len(names))
     # Of very many classes, those with the lowest average precision.
     areas = [column["average_precision"] for column in summary["classes"].values()]
@@ -91,7 +93,14 @@ def _page(
         positive=positive and printable(positive),
         metric_names=METRIC_NAMES,
         headline=[f"{'' if positive else 'macro_'}{name}" for name in ("f1", "roc_auc")],
-        plots=_plots(probabilities, labels, shown, positive and summary["label_names"].index(positive)),
+        plots=_plots(
+            probabilities,
+            labels,
+            shown,
+            positive and summary["label_names"].index(positive),
+            (calibration or {}).get("temperature", 1.0),
+        ),
+        calibration=calibration,
         shown=shown,
         max_table=MAX_TABLE_CLASSES,
         confused=most_confused(summary["confusion_matrix"], MAX_TABLE_CLASSES),
@@ -105,13 +114,18 @@ def _page(
 
 
 def _plots(
-    probabilities: np.ndarray, labels: np.ndarray, shown: Sequence[int], positive: int | None
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    shown: Sequence[int],
+    positive: int | None,
+    temperature: float,
 ) -> dict[str, Markup]:
-    """Draw the four figures as SVG; the classes `shown` get curves, `positive` the histogram."""
+    """Draw the four figures as SVG; the classes `shown` get curves, `positive` the histogram.
+
+    Reliability is shown with and without the division by `temperature`, if it is not 1.
+    """
     scores, chosen = normalise_rows(probabilities), probabilities.argmax(axis=1)
     sure, right = scores.max(axis=1), chosen == labels
-    bins = [confidence_bins(scores) == index for index in range(CALIBRATION_BINS)]
-    filled = [members for members in bins if members.any()]
 
     def roc(axes: plt.Axes) -> None:
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
@@ -127,11 +141,17 @@ def _plots(
         axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1), ylim=(0, 1))
 
     def reliability(axes: plt.Axes) -> None:
-        x, y = ([values[members].mean() for members in filled] for values in (sure, right))
-        sizes = [12 + 160 * members.mean() for members in filled]
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
-        axes.plot(x, y, color=SERIES[0], linewidth=1)
-        axes.scatter(x, y, s=sizes, color=SERIES[0], alpha=0.75, linewidths=0, clip_on=False)
+        curves = [(scores, SERIES[0])]
+        if temperature != 1:
+            curves.insert(0, (uncalibrated(scores, temperature), SERIES[1]))
+        for rows, colour in curves:
+            bins = [confidence_bins(rows) == index for index in range(CALIBRATION_BINS)]
+            filled = [members for members in bins if members.any()]
+            x, y = ([values[members].mean() for members in filled] for values in (rows.max(axis=1), right))
+            sizes = [12 + 160 * members.mean() for members in filled]
+            axes.plot(x, y, color=colour, linewidth=1)
+            axes.scatter(x, y, s=sizes, color=colour, alpha=0.75, linewidths=0, clip_on=False)
         axes.set(xlabel="Probability of the predicted class", ylabel="Share correct")
         axes.set(xlim=(0, 1), ylim=(0, 1))
 

@@ -17,7 +17,7 @@ from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import Photos, resolve_positive
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import gradcam, network, saved
-from hotdog_hf.report.scores import choose_threshold, label_order, summarise
+from hotdog_hf.report.scores import choose_threshold, label_order, summarise, summarise_calibration
 from hotdog_hf.training import engine, launch
 from hotdog_hf.webpage import image_uri
 
@@ -36,6 +36,8 @@ class Evaluation:
     positive_label: str | None
     # Probabilities [N, classes] and labels [N] by split, in the model's order of classes.
     predicted: dict[str, tuple[np.ndarray, np.ndarray]]
+    # What was kept with the model, see `model.calibration`; None without held-out photos.
+    calibration: dict | None = None
 
     @property
     def names(self) -> list[str]:
@@ -71,6 +73,7 @@ def evaluate(
     order = label_order(photos.label_names, label_names)
     positive_label = resolve_positive(label_names, positive_label)
     chooses = positive_label and "validation" in photos.splits
+    calibration = net.pretrained_cfg.get("calibration")
     predicted, transform = {}, transforms.eval_transform(data_config)
     net = accelerator.prepare(net.to(memory_format=transforms.MEMORY_FORMAT))
     for name in dict.fromkeys([split, *(["validation"] if chooses else [])]):
@@ -79,7 +82,7 @@ def evaluate(
         loader = accelerator.prepare(loader)
         probabilities, labels = engine.predict(accelerator, net, loader, title=name)
         predicted[name] = probabilities.numpy(), order[labels.numpy()]
-    return Evaluation(net, data_config, photos, split, label_names, positive_label, predicted)
+    return Evaluation(net, data_config, photos, split, label_names, positive_label, predicted, calibration)
 
 
 def summary_of(evaluation: Evaluation, model: str) -> dict:
@@ -96,6 +99,7 @@ def summary_of(evaluation: Evaluation, model: str) -> dict:
         "label_names": label_names,
         "positive_label": positive_label,
         "threshold": threshold,
+        "calibration": summarise_calibration(probabilities, labels, evaluation.calibration),
         **summarise(probabilities, labels, label_names, positive_label),
     }
 

@@ -6,10 +6,21 @@ import numpy as np
 from sklearn import metrics as sk
 
 from hotdog_hf.errors import UserError
-from hotdog_hf.metrics import ClassificationReport, balanced_scores, class_scores, sum_by
+from hotdog_hf.metrics import (
+    CALIBRATION_BINS,
+    ClassificationReport,
+    balanced_scores,
+    calibration_error,
+    class_scores,
+    confidence_bins,
+    log_loss,
+    sum_by,
+)
+from hotdog_hf.model.calibration import classes_within, set_limit, uncalibrated
 
-CALIBRATION_BINS = 15
 RESAMPLES = 1000
+# What the sets of classes promise in a report.
+COVERAGES = (0.9, 0.95)
 # Photos times resamples per chunk of weights, 4 bytes each.
 MAX_WEIGHTS = 2_000_000
 
@@ -108,9 +119,38 @@ def _weighted(
     return values
 
 
-def confidence_bins(scores: np.ndarray) -> np.ndarray:
-    """Return the bin, of equal width, of each photo's highest probability."""
-    return np.minimum((scores.max(axis=1) * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+def summarise_calibration(
+    probabilities: np.ndarray, labels: np.ndarray, calibration: dict | None
+) -> dict | None:
+    """Return log-loss and calibration error before and after a model's calibration, and what its sets hold.
+
+    The sets are those of `COVERAGES` that the model has enough held-out photos for. None for a model without
+    calibration.
+    """
+    if not calibration:
+        return None
+    scores, kept = normalise_rows(probabilities), len(calibration["scores"])
+    both = {"before": uncalibrated(scores, calibration["temperature"]), "after": scores}
+    sets = []
+    for coverage in COVERAGES:
+        if kept + 1 >= 1 / (1 - coverage):
+            within = classes_within(scores, set_limit(calibration, coverage, "the model"))
+            sizes = within.sum(axis=1)
+            sets.append(
+                {
+                    "promised": coverage,
+                    "reached": float(within[np.arange(len(labels)), labels].mean()),
+                    "classes": float(sizes.mean()),
+                    "single": float((sizes == 1).mean()),
+                    "empty": float((sizes == 0).mean()),
+                }
+            )
+    return {
+        **{name: calibration[name] for name in ("temperature", "held_out", "photos")},
+        "loss": {name: log_loss(rows, labels) for name, rows in both.items()},
+        "calibration_error": {name: calibration_error(rows, labels) for name, rows in both.items()},
+        "sets": sets,
+    }
 
 
 def choose_threshold(predicted: dict[str, tuple[np.ndarray, np.ndarray]], positive: int) -> dict:

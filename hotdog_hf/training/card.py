@@ -163,6 +163,13 @@ def _results(label_names: list[str], scores: dict, positive_label: str | None, t
     ]
     if "test_balanced_accuracy" in scores:
         rows.insert(1, f"| Accuracy, mean over classes | {scores['test_balanced_accuracy']:.4f} |")
+    if "temperature" in scores:
+        rows += [
+            f"| Log-loss | {scores['test_loss']:.4f} |",
+            f"| Log-loss before calibration | {scores['test_uncalibrated_loss']:.4f} |",
+            f"| Calibration error | {scores['test_calibration_error']:.4f} |",
+            f"| Calibration error before | {scores['test_uncalibrated_calibration_error']:.4f} |",
+        ]
     if len(label_names) > MAX_TABLE_CLASSES:
         confusion = ["\n| true class | predicted as | photos |\n| --- | --- | --- |"]
         confusion += [

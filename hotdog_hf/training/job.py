@@ -18,7 +18,7 @@ from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import Photos, resolve_positive
 from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import ClassificationReport
-from hotdog_hf.model import heads, network
+from hotdog_hf.model import calibration, heads, network
 from hotdog_hf.model.licenses import choose_license, describe_license
 from hotdog_hf.model.source import load_source, source_data_config
 from hotdog_hf.training import engine, launch, optim, sharding
@@ -51,6 +51,8 @@ class Job:
     train_loader: DataLoader
     eval_loaders: dict[str, DataLoader]
     metric: ClassificationReport
+    # Predictions of a fitted head that is not trained further, see `BuiltModel`.
+    held_out: calibration.HeldOut | None
     # What training changes. A fitted head starts at epoch 0, with its loss and accuracy on train.
     state: TrainState
 
@@ -69,6 +71,8 @@ class BuiltModel(NamedTuple):
     # Cached features by split; training on them changes only the head.
     split_features: dict[str, loaders.FeatureDataset]
     trainable: torch.nn.Module
+    # Predictions of a fitted head for photos that it did not learn, on the first process; None without any.
+    held_out: calibration.HeldOut | None
 
 
 def build(config: TrainConfig, accelerator: Accelerator) -> Job:
@@ -110,6 +114,7 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Job:
         train_loader=train_loader,
         eval_loaders=eval_loaders,
         metric=ClassificationReport(photos.label_names, positive_label),
+        held_out=model.held_out if config.optim.epochs == 0 else None,
         state=build_state(config, accelerator, photos, model, len(train_loader) * config.optim.epochs),
     )
 
@@ -141,6 +146,7 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
     extractor = FeatureExtractor(accelerator, net, photos, data_config, workers)
     feature_splits = photos.splits if config.model.cache_features else ["train"] if fitted else []
     split_features = {split: extractor.split(split, seed) for split in feature_splits}
+    held_out = None
     if fitted:
         views = extractor.crops("train", config.model.probe_views, config.data.min_crop_area, seed)
         if warning := heads.single_photo_warning(head_init, photos.counts()["train"]):
@@ -148,11 +154,14 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
         balanced = config.optim.class_weights == "balanced"
         # One process computes, as its copies of the features in float64 are several times as large.
         fit = functools.partial(heads.fit_head, net, head_init, split_features["train"], views)
-        launch.run_on_main(accelerator, functools.partial(fit, source_head, source_classes, balanced))
+        fit = functools.partial(fit, source_head, source_classes, balanced)
+        logits = launch.run_on_main(accelerator, fit, share=False)
+        if logits is not None:
+            held_out = calibration.HeldOut(logits, split_features["train"].labels, "out-of-fold")
         sharding.broadcast_state(net.get_classifier())
     trainable = net.get_classifier() if config.model.cache_features else net
     license = choose_license(config.hub.license, source_license)
-    return BuiltModel(net, data_config, license, split_features, trainable)
+    return BuiltModel(net, data_config, license, split_features, trainable, held_out)
 
 
 def micro_batch_size(config: TrainConfig, accelerator: Accelerator) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -16,7 +17,8 @@ from hotdog_hf.data import images
 from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.data.splits import sample_photos
 from hotdog_hf.errors import UserError, message_of
-from hotdog_hf.model import saved
+from hotdog_hf.model import calibration as calibrations
+from hotdog_hf.model import heads, saved
 from hotdog_hf.model.source import describe_source
 from hotdog_hf.training import card, checkpoint, engine, launch, plots, records, sharding
 from hotdog_hf.training.job import Job, build
@@ -46,13 +48,19 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal
                 if epoch > 0:
                     train_epoch(job, run_dir, epoch, stop)
                 evaluation = evaluate_epoch(job, run_dir, epoch, stop)
-            if evaluation is None or job.eval_split != "test" or launch.precision_of(accelerator) != "no":
+            calibration = calibrate_saved(job, run_dir, stop)
+            if (
+                calibration
+                or evaluation is None
+                or job.eval_split != "test"
+                or launch.precision_of(accelerator) != "no"
+            ):
                 evaluation = evaluate_saved(job, run_dir, stop)
         except launch.StoppedError:
             epoch, how = min(job.state.progress.epoch, config.optim.epochs), resume_command(run_dir)
             accelerator.print(f"stopped in epoch {epoch}; resume with: {how}")
             return None
-        finish(job, run_dir, evaluation)
+        finish(job, run_dir, evaluation, calibration)
     return run_dir
 
 
@@ -191,9 +199,40 @@ def evaluate_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal)
     return evaluation
 
 
-def evaluate_saved(job: Job, run_dir: Path, stop: launch.StopSignal) -> Evaluation:
-    """Evaluate the saved model on the test split for the card, in float32 like every loader of the model."""
-    accelerator, loader = job.accelerator, job.eval_loaders["saved"]
+def calibrate_saved(job: Job, run_dir: Path, stop: launch.StopSignal) -> dict | None:
+    """Calibrate the saved model on photos that it has not learned, if there are any; return the calibration.
+
+    A model that is calibrated already, as in a run that was stopped after that, stays as it is.
+    """
+    config, accelerator, folder = job.config, job.accelerator, run_dir / "model"
+    before = launch.run_on_main(accelerator, lambda: saved.calibration_of(folder))
+    if before:
+        return before
+    held_out = job.held_out
+    if not launch.any_process(accelerator, held_out is not None):
+        if job.eval_split != "validation":
+            return None
+        found = evaluate_saved(job, run_dir, stop, "validation")
+        logits = found.probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+        held_out = calibrations.HeldOut(logits.numpy(), found.labels.numpy(), "validation")
+
+    def calibrate() -> dict:
+        weights = None
+        if config.optim.class_weights == "balanced":
+            weights = heads.class_weights(np.array(list(job.photos.counts()["train"].values())))
+        calibration = calibrations.calibrate(held_out, config.run.calibrate, weights)
+        with files.writing_to(run_dir):
+            saved.calibrate_saved(job.meta_model, folder, job.license, calibration)
+        return calibration
+
+    return launch.run_on_main(accelerator, calibrate)
+
+
+def evaluate_saved(
+    job: Job, run_dir: Path, stop: launch.StopSignal, loader_name: str = "saved"
+) -> Evaluation:
+    """Evaluate the saved model in float32, as every loader does: on test for the card, or on validation."""
+    accelerator, loader = job.accelerator, job.eval_loaders[loader_name]
     kept = launch.run_on_main(
         accelerator, lambda: saved.load_model(run_dir / "model").state_dict(), share=False
     )
@@ -206,11 +245,14 @@ def evaluate_saved(job: Job, run_dir: Path, stop: launch.StopSignal) -> Evaluati
     return evaluate(job, run_dir, network, loader, stop, float32=True)
 
 
-def finish(job: Job, run_dir: Path, evaluation: Evaluation) -> None:
+def finish(job: Job, run_dir: Path, evaluation: Evaluation, calibration: dict | None) -> None:
     """Write the final metrics, the predictions and the model card, and print where they are."""
     config, accelerator = job.config, job.accelerator
     seconds = time.perf_counter() - job.state.started
     final = records.final_row(job.state.progress.rows, evaluation.scores, seconds)
+    if calibration:
+        outputs = evaluation.probabilities.numpy(), evaluation.labels.numpy()
+        final |= records.calibration_row(*outputs, calibration["temperature"])
     if accelerator.is_main_process:
         with files.writing_to(run_dir):
             records.write_metrics(run_dir, [*job.state.progress.rows, final])

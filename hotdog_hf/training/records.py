@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from hotdog_hf import metrics
 from hotdog_hf.files import write_text
 from hotdog_hf.metrics import MAX_TABLE_CLASSES
+from hotdog_hf.model import calibration
 
 
 def epoch_row(accelerator: Accelerator, totals: torch.Tensor, seconds: float) -> dict[str, float]:
@@ -97,6 +99,17 @@ def final_row(rows: list[dict], test_scores: dict, seconds: float) -> dict:
     }
 
 
+def calibration_row(probabilities: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, float]:
+    """Return the temperature, and log-loss and calibration error on test before and after."""
+    before = calibration.uncalibrated(probabilities, temperature)
+    return {
+        "temperature": temperature,
+        "test_uncalibrated_loss": metrics.log_loss(before, labels),
+        "test_calibration_error": metrics.calibration_error(probabilities, labels),
+        "test_uncalibrated_calibration_error": metrics.calibration_error(before, labels),
+    }
+
+
 def describe_final(final: dict, run_dir: Path, hardware: str) -> str:
     """Return the chapter's closing lines, where the time went, and where the results are."""
     share = final.get("share_of_limit")
@@ -104,9 +117,20 @@ def describe_final(final: dict, run_dir: Path, hardware: str) -> str:
     return (
         f"loss {final['train_loss']:.3f}, train acc {final['train_accuracy']:.3f}, "
         f"test acc {final['test_accuracy']:.3f}\n"
+        f"{_describe_calibration(final)}"
         f"{final['examples_per_second']:.1f} examples/sec on {hardware}, {final['seconds']:.0f} s in all: "
         f"{final['loading_seconds']:.0f} loading, {final['computing_seconds']:.0f} computing, "
         f"{final['evaluating_seconds']:.0f} evaluating{limit}\n"
         f"model: {run_dir}/model   numbers: {run_dir}/metrics.jsonl"
         f"   pictures: {run_dir}/curves.png, {run_dir}/samples.png"
+    )
+
+
+def _describe_calibration(final: dict) -> str:
+    if "temperature" not in final:
+        return ""
+    return (
+        f"calibrated with temperature {final['temperature']:.3f}: test loss"
+        f" {final['test_uncalibrated_loss']:.4f} -> {final['test_loss']:.4f}, calibration error"
+        f" {final['test_uncalibrated_calibration_error']:.4f} -> {final['test_calibration_error']:.4f}\n"
     )
