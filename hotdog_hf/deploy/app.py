@@ -28,6 +28,11 @@ MAX_EXAMPLES, MAX_BARS = 8, 5
 SURE, LIKELY = 0.9, 0.6
 # Uploaded photos are deleted after so many seconds.
 KEEP_UPLOADS = 3600
+# As many columns of answers as fit, and whole captions, on a phone too.
+CSS = """
+#answers .grid-container { grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)) !important; }
+#answers .caption-label { max-width: 100%; white-space: normal; }
+"""
 
 
 class Answer(NamedTuple):
@@ -180,9 +185,9 @@ def build_app(
                     save = gr.Button("Save the photo for training")
                 saved = gr.Markdown(elem_id="saved")
         with gr.Tab("Several photos"):
-            files = gr.File(file_count="multiple", label="Photos")
+            files = gr.File(file_count="multiple", label="Photos", height=180)
             problems = gr.Markdown(elem_id="problems")
-            gallery = gr.Gallery(label="Answers", columns=4, height="auto")
+            gallery = gr.Gallery(label="Answers", height=600, elem_id="answers", buttons=[])
         shown = [sentence, bars, heat, correction, saved]
         photo.change(answer_one, photo, shown, concurrency_id="model", preprocess=False)
         files.change(answer_several, files, [gallery, problems], concurrency_id="model")
@@ -190,17 +195,15 @@ def build_app(
     return app
 
 
+def launch_options(max_megabytes: int = 30) -> dict:
+    """Return how gradio serves the app: its style, and the largest upload."""
+    return {"max_file_size": f"{max_megabytes}mb", "footer_links": [], "ssr_mode": False, "css": CSS}
+
+
 def launch_app(app: "gradio.Blocks", host: str, port: int | None, share: bool, max_megabytes: int) -> None:
     """Serve the app until Ctrl-C; `UserError` if the port is taken."""
     try:
-        app.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            max_file_size=f"{max_megabytes}mb",
-            footer_links=[],
-            ssr_mode=False,
-        )
+        app.launch(server_name=host, server_port=port, share=share, **launch_options(max_megabytes))
     except OSError as error:
         raise UserError(
             f"cannot serve on {host}, port {port or 'any'}: {error}; try another --port"

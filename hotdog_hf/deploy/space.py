@@ -33,10 +33,10 @@ REQUIREMENTS = {
 }
 APP = f'''"""The app of this Space; made by hotdog_hf."""
 
-from hotdog_hf.deploy.app import build_app
+from hotdog_hf.deploy.app import build_app, launch_options
 from hotdog_hf.model.predictor import load_predictor
 
-build_app(load_predictor("{MODEL}")).launch(max_file_size="30mb", footer_links=[], ssr_mode=False)
+build_app(load_predictor("{MODEL}")).launch(**launch_options())
 '''
 
 
