@@ -96,7 +96,7 @@ def test_a_push_says_the_licence_before_it_sends_anything(lent, monkeypatch, cap
     push = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(push)
     said = []
-    monkeypatch.setattr(hub, "check_can_push", lambda _: None)
+    monkeypatch.setattr(hub, "check_can_push", lambda *_: None)
     monkeypatch.setattr(hub, "push_folder", lambda *_, **__: said.append(capsys.readouterr().out))
     push.main(push.PushConfig(names=(str(lent), "user/name")))
     assert said == ["licence: cc-by-nc-4.0; not for commercial use\n"]
