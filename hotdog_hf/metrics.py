@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 from scipy import sparse, special
-from sklearn import metrics as sk
 
 # evaluate's Evaluator, which is not used here, imports the pipelines of transformers if they are installed:
 # 2 seconds and 250 MB in every process.
@@ -75,6 +74,8 @@ class ClassificationReport(evaluate.Metric):
         return self._compute(np.asarray(predictions, dtype=np.float32), references)
 
     def _compute(self, predictions: list, references: list, **_: object) -> dict:
+        from sklearn import metrics as sk  # seconds to import, and not needed before the first step
+
         scores, labels = np.asarray(predictions, dtype=np.float64), np.asarray(references)
         scores /= scores.sum(axis=1, keepdims=True)  # float32 rows sum to 1 only roughly
         chosen, every = scores.argmax(axis=1), np.arange(len(self.label_names))

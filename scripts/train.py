@@ -7,12 +7,15 @@ python scripts/train.py --help                                      # every knob
 """
 
 from hotdog_hf.config import TrainConfig, parse_train_config
+from hotdog_hf.data.folder import check_data_dir
 from hotdog_hf.errors import exit_on_user_error
 
 
 def main(config: TrainConfig) -> None:
     """Train one network on the hardware that the launcher provides."""
-    # Imported here so that --help and a mistyped flag respond before torch is loaded.
+    # Imported here so that --help, a mistyped flag and a missing folder respond before torch is loaded.
+    check_data_dir(config.data.data_dir)
+
     from hotdog_hf import hub
     from hotdog_hf.model.licenses import describe_upload
     from hotdog_hf.training import launch

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY_MODEL, run
 
 PACKAGE = ROOT / "hotdog_hf"
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
@@ -85,3 +85,48 @@ def test_a_scripts_main_is_a_table_of_contents():
             continue
         mains = [n for n in ast.parse(path.read_text()).body if getattr(n, "name", "") == "main"]
         assert all(node.end_lineno - node.lineno + 1 <= 40 for node in mains), path.name
+
+
+NOT_BEFORE_THE_FIRST_STEP = {"sklearn", "matplotlib", "transformers", "captum", "onnxruntime", "gradio"}
+FIRST_STEP = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+from hotdog_hf.training import engine
+def train_steps(*_, **__):
+    sys.exit("imported: " + " ".join(sys.modules))
+engine.train_steps = train_steps
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_training_imports_only_what_its_first_step_needs(photos_dir, tmp_path):
+    flags = [
+        "--data-dir",
+        photos_dir,
+        "--model",
+        TINY_MODEL,
+        "--weights",
+        "none",
+        "--output-dir",
+        tmp_path / "run",
+    ]
+    first = run("python", "-c", FIRST_STEP, ROOT / "scripts/train.py", *flags)
+    _, _, modules = first.stderr.partition("imported: ")
+    assert "torch" in modules.split(), first.stderr
+    assert not NOT_BEFORE_THE_FIRST_STEP & {*modules.split()}
+
+
+NO_TORCH = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("torch" in sys.modules)
+"""
+
+
+def test_a_missing_folder_is_named_before_torch_is_imported(tmp_path):
+    ended = run("python", "-c", NO_TORCH, ROOT / "scripts/train.py", "--data-dir", tmp_path / "missing")
+    assert ended.returncode == 2 and "no such data folder" in ended.stderr
+    assert ended.stdout.splitlines() == ["False"]

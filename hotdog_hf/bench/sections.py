@@ -36,10 +36,10 @@ class Variant:
 def _trained(finished: FinishedProcess, run_dir: Path, setup: Setup) -> dict:
     """Return the speed of a run of scripts/train.py: from its first step until its last epoch is evaluated.
 
-    `samples.png` is drawn last before the first step. Between epochs the run saves its state and draws its
-    curves, which is included.
+    `identity.json` is written last before the first step. Between epochs the run saves its state and draws
+    its curves, which is included.
     """
-    start = (run_dir / "samples.png").stat().st_mtime - finished.started_at
+    start = (run_dir / "identity.json").stat().st_mtime - finished.started_at
     ends = [seconds for seconds, row in finished.rows if row.get("epoch")]
     final = finished.rows[-1][1]
     return {

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+from hotdog_hf.config import DEFAULT_DATA_DIR, SAMPLE_DATA_DIR
 from hotdog_hf.data.images import IMAGE_SUFFIXES
 from hotdog_hf.errors import UserError
 
@@ -34,15 +35,28 @@ def find_photos(data_dir: str | os.PathLike) -> Photos:
     return files
 
 
+def check_is_folder(data_dir: str | os.PathLike) -> None:
+    """Raise `UserError` for a data folder that does not exist."""
+    if not Path(data_dir).is_dir():
+        raise UserError(f"no such data folder: {data_dir} (see --data-dir; `make demo` works without one)")
+
+
+def check_data_dir(data_dir: str) -> None:
+    """Raise `UserError` at once for a data folder that training would miss seconds later.
+
+    The project's own folders are made when they are missing, and addresses such as hf:// are no folders.
+    """
+    if data_dir not in (DEFAULT_DATA_DIR, SAMPLE_DATA_DIR) and "://" not in data_dir:
+        check_is_folder(data_dir)
+
+
 def list_photos(data_dir: str | os.PathLike, incomplete: bool = False) -> Photos:
     """List the image files of each split's classes, checked or not.
 
     Raises `UserError` without train/ and test/, unless the folder may be `incomplete`.
     """
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise UserError(f"no such data folder: {root} (see --data-dir; `make demo` works without one)")
-    files = {}
+    check_is_folder(data_dir)
+    root, files = Path(data_dir), {}
     for split, names in SPLIT_FOLDERS.items():
         present = [root / name for name in names if (root / name).is_dir()]
         if len(present) > 1:

@@ -95,8 +95,6 @@ def open_run(job: Job, stack: contextlib.ExitStack) -> Path:
         stack.callback(lock.release)
         with files.writing_to(folder):
             write_identity(folder, identity, job.photos.skipped)
-            shown = job.photos.splits["test" if config.data.streaming else "train"]
-            plots.plot_samples(*sample_photos(shown, job.positive_label), folder / "samples.png")
         return folder
 
     run_dir = launch.run_on_main(accelerator, open_folder)
@@ -192,11 +190,20 @@ def evaluate_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal)
         if accelerator.is_main_process:
             with files.writing_to(run_dir):
                 records.write_metrics(run_dir, state.progress.rows)
-                plots.plot_curves(state.progress.rows, eval_split, run_dir / "curves.png")
+                draw_figures(job, run_dir)
                 if keeps:
                     saved.save_model(job.meta_model, run_dir / "model", job.license, weights)
         save_checkpoint(job, run_dir)
     return evaluation
+
+
+def draw_figures(job: Job, run_dir: Path) -> None:
+    """Draw the curves, and once the samples: after an epoch, as importing matplotlib takes seconds."""
+    plots.plot_curves(job.state.progress.rows, job.eval_split, run_dir / "curves.png")
+    samples = run_dir / "samples.png"
+    if not samples.exists():
+        shown = job.photos.splits["test" if job.config.data.streaming else "train"]
+        plots.plot_samples(*sample_photos(shown, job.positive_label), samples)
 
 
 def calibrate_saved(job: Job, run_dir: Path, stop: launch.StopSignal) -> dict | None:

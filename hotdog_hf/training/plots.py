@@ -3,18 +3,30 @@
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 from PIL import Image
 
-matplotlib.use("Agg")  # no window, even if there is a display
-from matplotlib import pyplot as plt
+if TYPE_CHECKING:
+    from matplotlib import pyplot as plt
+
+
+def _pyplot() -> ModuleType:
+    """Import matplotlib, which takes seconds, when there is something to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window, even if there is a display
+    from matplotlib import pyplot as plt
+
+    return plt
 
 
 @contextlib.contextmanager
-def figure_axes(size: tuple[float, float], path: str | os.PathLike) -> Iterator[plt.Axes]:
+def figure_axes(size: tuple[float, float], path: str | os.PathLike) -> Iterator["plt.Axes"]:
     """Yield axes of `size` inches to draw in, then save them as `path`."""
+    plt = _pyplot()
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     yield axes
     figure.savefig(path, dpi=150)
@@ -41,7 +53,7 @@ def plot_samples(
     path: str | os.PathLike,
 ) -> None:
     """Draw two rows of images, each image in its own aspect ratio, the rows named by `titles`."""
-    columns = max(len(first), len(last))
+    plt, columns = _pyplot(), max(len(first), len(last))
     figure, axes = plt.subplots(2, columns, figsize=(1.4 * columns, 3.4), squeeze=False, layout="constrained")
     for row, images, title in zip(axes, (first, last), titles, strict=True):
         for cell, image in zip(row, images, strict=False):
