@@ -321,7 +321,7 @@ DENS = {
     "a further split": Den(lambda f: put(f / "extra/hotdog/a.png"), ("unused",), "extra/hotdog/a.png"),
     "a link to more photos": Den(linked_subfolder, ("unused",), "hotdog/more"),
     "a class that is a link": Den(linked_class),
-    "texts and iPhone photos": Den(lambda f: put(f / "train/hotdog/IMG_1.HEIC"), ("other",), "HEIC"),
+    "texts": Den(lambda f: put(f / "train/hotdog/notes.txt"), ("other",), "notes.txt"),
     "a name in another encoding": Den(undecodable_name, ("unreadable",), "not valid UTF-8", photos=1),
     # Classes.
     "a class in another case": Den(

@@ -49,6 +49,7 @@ KINDS = {
     "suffix": ("warning", "files of another format than their suffix; they are used all the same"),
     "unused": ("warning", "images outside the class folders, and links to folders; they are not used"),
     "hidden": ("warning", "hidden and system files; they are not used"),
+    "heic": ("warning", 'HEIC files without pip install -e ".[heic]"; they are not used'),
     "other": ("warning", "files not named as images; they are not used"),
 }
 SHOWN = 10
@@ -272,7 +273,7 @@ def _inspect(path: Path, cached: Record | None) -> Record:
 
 def _is_exif_broken(image: Image.Image) -> bool:
     """Return whether an EXIF block is invalid, truncated, or has a rotation that Pillow cannot read."""
-    block = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    block = (image.info.get("exif") or b"").removeprefix(b"Exif\0\0")
     order = {b"II": "little", b"MM": "big"}.get(block[:2])
     if order is None:
         return bool(block)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hotdog_hf.config import DEFAULT_DATA_DIR, SAMPLE_DATA_DIR
-from hotdog_hf.data.images import IMAGE_SUFFIXES
+from hotdog_hf.data.images import HEIF_SUFFIXES, IMAGE_SUFFIXES
 from hotdog_hf.errors import UserError
 
 SPLIT_FOLDERS = {
@@ -138,7 +138,7 @@ def plain_name(name: str) -> str:
 
 
 def unused_files(data_dir: str | os.PathLike, used: set[Path]) -> Iterator[tuple[str, Path]]:
-    """Yield what else is in a data folder: ("hidden" | "unused" | "other", path); a hidden folder once."""
+    """Yield what else is in a data folder, as (kind of finding, path); a hidden folder once."""
     used_folders = {folder for path in used for folder in path.parents}
     for parent, folders, names in os.walk(data_dir):
         links = [name for name in folders if Path(parent, name).is_symlink()]
@@ -151,5 +151,7 @@ def unused_files(data_dir: str | os.PathLike, used: set[Path]) -> Iterator[tuple
                 yield "hidden", path
             elif path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES:
                 yield "unused", path
+            elif path.suffix.lower() in HEIF_SUFFIXES:
+                yield "heic", path
             else:
                 yield "other", path

@@ -12,9 +12,16 @@ from PIL import ExifTags, Image
 
 from hotdog_hf.errors import UserError
 
+# The photos of iPhones, which are read if pi-heif is installed.
+HEIF_SUFFIXES = frozenset(".heic .heif .hif".split())
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm .pgm .jp2".split()
 )
+with contextlib.suppress(ModuleNotFoundError):
+    import pi_heif
+
+    pi_heif.register_heif_opener()
+    IMAGE_SUFFIXES |= HEIF_SUFFIXES
 # Transpositions that undo EXIF's Orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -124,7 +131,10 @@ def _naming_errors(name: object) -> Iterator[None]:
         yield
     # Pillow's decoders raise various errors on broken files: SyntaxError for PNG, RuntimeError for AVIF, ...
     except Exception as error:
-        raise UnreadableImageError(f"cannot read {name} as an image: {error}") from error
+        reason = str(error)
+        if Path(str(name)).suffix.lower() in HEIF_SUFFIXES - IMAGE_SUFFIXES:
+            reason = 'HEIC needs pip install -e ".[heic]"'
+        raise UnreadableImageError(f"cannot read {name} as an image: {reason}") from error
 
 
 def _check_size(image: Image.Image) -> None:
