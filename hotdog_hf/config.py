@@ -71,6 +71,8 @@ class DataConfig:
     augmentation: Literal["crop", "none"] = "crop"
     # Smallest share of a photo's area that a random crop covers.
     min_crop_area: float = 0.08
+    # Mirror every second crop. --no-flip for photos that mean something else in a mirror, such as writing.
+    flip: bool = True
     # Side of the training crops in pixels. Unset: the same as for evaluation.
     train_image_size: int | None = None
     # Stream train from the Hub or from a folder of Parquet shards, for data larger than the disk.
@@ -245,6 +247,9 @@ class RunConfig:
     # "no" is float32 everywhere; "tf32" lets a GPU round factors to 10 bits. Recent server CPUs support
     # bf16 too, but never by default.
     precision: Literal["auto", "no", "tf32", "bf16", "fp16"] = "auto"
+    # With the recipe "best": minutes for the whole run, from start to saved model. More try more and train
+    # longer. Unset: as long as its usual choices take, which is printed at the start.
+    minutes: float | None = None
     # Compile the network with torch.compile: takes a minute or more at the start, which pays off for long
     # runs on a GPU. Results may differ in the last digits.
     compile: bool = False
@@ -257,6 +262,7 @@ class RunConfig:
         _require_each(self, "num_threads keep_checkpoints", lambda count: count >= 1, "must be 1 or more")
         # numpy takes no larger one.
         _require_each(self, "seed", lambda number: 0 <= number < 2**32, "must be from 0 to 4294967295")
+        _require_each(self, "minutes", lambda minutes: 0 < minutes < math.inf, "must be above 0")
         every = self.checkpoint_every
         _require(every == "epoch" or every >= 1, "--checkpoint-every", every, 'must be 1 or more, or "epoch"')
 
@@ -284,10 +290,11 @@ class TrainConfig:
     # Named set of defaults. "chapter" fine-tunes a pretrained network, "scratch" trains the same network from
     # random weights, "frozen" trains only the output layer, "class-vector" fine-tunes from the source
     # classifier's own rows, "probe" fits the output layer by a regression and stops, "source-probe" does the
-    # same around what the source says of these classes, "best" fine-tunes from a probe.
-    recipe: Literal["chapter", "scratch", "frozen", "class-vector", "probe", "source-probe", "best"] = (
-        "chapter"
-    )
+    # same around what the source says of these classes, "light" fine-tunes from a probe at a small rate,
+    # "full" from a source-probe at a large one, "best" tries these on parts of train and takes the best.
+    recipe: Literal[
+        "chapter", "scratch", "frozen", "class-vector", "probe", "source-probe", "light", "full", "best"
+    ] = "chapter"
 
     # The photos, and how they reach the network.
     data: DataConfig = field(default_factory=DataConfig)
@@ -337,6 +344,8 @@ class TrainConfig:
             average,
             "does not work with --cache-features",
         )
+        minutes = self.run.minutes
+        _require(self.recipe == "best" or minutes is None, "--minutes", minutes, "needs --recipe best")
 
 
 RECIPES: dict[str, TrainConfig] = {
@@ -364,8 +373,8 @@ RECIPES: dict[str, TrainConfig] = {
         model=ModelConfig(head_init="source-probe", freeze_body=True, cache_features=True),
         optim=OptimConfig(epochs=0),
     ),
-    "best": TrainConfig(
-        recipe="best",
+    "light": TrainConfig(
+        recipe="light",
         data=DataConfig(min_crop_area=0.25, val_fraction=0.1),
         model=ModelConfig(head_init="probe", probe_views=4, batch_norm="source"),
         optim=OptimConfig(
@@ -382,7 +391,46 @@ RECIPES: dict[str, TrainConfig] = {
         ),
         run=RunConfig(keep="best"),
     ),
+    "full": TrainConfig(
+        recipe="full",
+        data=DataConfig(preprocessing="model", min_crop_area=0.25),
+        model=ModelConfig(head_init="source-probe"),
+        optim=OptimConfig(
+            epochs=8,
+            batch_size=16,
+            loss_reduction="mean",
+            optimizer="adamw",
+            learning_rate=3e-4,
+            head_lr_mult=1.0,
+            weight_decay=0.05,
+            schedule="cosine",
+            warmup_fraction=0.1,
+            ema_decay=0.95,
+        ),
+    ),
+    # Its choices are in training/choice.py; what is set here is only what all of them have in common.
+    "best": TrainConfig(
+        recipe="best",
+        data=DataConfig(preprocessing="model"),
+        model=ModelConfig(head_init="source-probe"),
+    ),
 }
+
+
+def override(config: TrainConfig, **knobs: object) -> TrainConfig:
+    """Return the config with some knobs set, whatever group they belong to."""
+    groups = {}
+    for group in ("data", "model", "optim", "run", "hub"):
+        part = getattr(config, group)
+        own = {field.name for field in dataclasses.fields(part)} & knobs.keys()
+        groups[group] = dataclasses.replace(part, **{name: knobs.pop(name) for name in own})
+    return dataclasses.replace(config, **groups, **knobs)
+
+
+def differences(config: TrainConfig) -> dict:
+    """Return the knobs of a config that its recipe does not set so."""
+    usual, own = (flatten(dataclasses.asdict(each)) for each in (RECIPES[config.recipe], config))
+    return {name: value for name, value in own.items() if value != usual[name]}
 
 
 def to_dict(config: TrainConfig) -> dict:

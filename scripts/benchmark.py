@@ -45,7 +45,7 @@ class BenchmarkConfig:
     # Sections to measure. Results of the others are kept if from the same machine with the same flags.
     only: tuple[Section, ...] = get_args(Section)
     # Recipes of the section "accuracy"; "chapter" sets the accuracy to reach.
-    recipes: tuple[str, ...] = ("chapter", "frozen", "probe", "best")
+    recipes: tuple[str, ...] = ("chapter", "frozen", "probe", "light")
     # CPU threads, for hotdog_hf and the other tools alike. Unset: all cores.
     num_threads: int | None = None
     # Folder of the report.

@@ -1,7 +1,7 @@
 """Run the chapter's comparison and its exercises as one study over several seeds, or compare recipes.
 
 accelerate launch scripts/reproduce.py                                    # all of it, on the chapter's photos
-accelerate launch scripts/reproduce.py --data-dir my/photos --seeds 3 --only finetune scratch best
+accelerate launch scripts/reproduce.py --data-dir my/photos --seeds 3 --only finetune scratch light
 python scripts/reproduce.py --only rates --image-size 128                 # one exercise, on smaller images
 python scripts/reproduce.py --only compare --data-dir my/photos pictures  # the recipes on several folders
 

@@ -213,7 +213,7 @@ def setup_of(photos_dir, tiny_weights, work, **knobs):
         "onnx": work / "model.onnx",
         "batch_size": 8,
         "epochs": 2,
-        "recipes": ("chapter", "probe", "best"),
+        "recipes": ("chapter", "probe", "light"),
         "threads": 1,
         "workers": 1,
         "gpus": 0,

@@ -52,7 +52,7 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
             "--recipe frozen --epochs 0",
             "--epochs needs --head-init probe or source-probe or class-vector, got 0",
         ),
-        ("--recipe best --epochs -1", "--epochs must be 0 or more"),
+        ("--recipe light --epochs -1", "--epochs must be 0 or more"),
         ("--augmentation none --cache-features", "--cache-features .* add --freeze-body"),
         ("--freeze-body --cache-features", "--augmentation must be none if features are cached"),
         ("--recipe probe --augmentation crop", "--augmentation must be none if features are cached"),
@@ -69,7 +69,7 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
             "--recipe probe --probe-views 2",
             "--probe-views needs --head-init probe or source-probe, and --augmentation crop",
         ),
-        ("--recipe best --probe-views -1", "--probe-views must be 0 or more, got -1"),
+        ("--recipe light --probe-views -1", "--probe-views must be 0 or more, got -1"),
         ("--recipe frozen --ema-decay 0.9", "--ema-decay does not work with --cache-features"),
     ],
 )
@@ -86,7 +86,7 @@ def test_flags_that_contradict_each_other_are_refused_with_the_reason(flags, mes
         "--recipe class-vector --epochs 0 --source-class hotdog=934 cat=tabby",
         "--recipe frozen --no-cache-features --augmentation crop --ema-decay 0.9",
         "--head-init probe --epochs 0",
-        "--recipe best --train-image-size None",
+        "--recipe light --train-image-size None",
     ],
 )
 def test_what_goes_together_is_taken_and_its_command_line_means_the_same(flags):

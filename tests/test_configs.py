@@ -146,8 +146,8 @@ def test_two_cpu_processes_compute_as_one(alone, tmp_path, photos_dir, tiny_weig
 
 
 # A fitted head, AdamW, an average of the weights, accumulation, a saved epoch: everything that is sharded.
-BEST = (
-    *("--recipe", "best", "--val-fraction", 0.25, "--label-smoothing", 0.1),
+LIGHT = (
+    *("--recipe", "light", "--val-fraction", 0.25, "--label-smoothing", 0.1),
     *("--learning-rate", 0.003, "--schedule", "constant", "--warmup-fraction", 0),
     # Five and four photos: without care three pieces for the one process, two for the other.
     *("--batch-size", 9, "--gradient-accumulation-steps", 3),
@@ -158,15 +158,15 @@ MORE_EPOCHS = ("--epochs", 3, "--resume", "auto", "--resume-anyway")
 def launch_in_pieces(cwd, photos_dir, tiny_weights, *flags):
     """Train a network sharded over two CPU processes, as a cluster's GPUs would."""
     fsdp = (*LAUNCH, CONFIGS / "fsdp.yaml", "--num_processes", 2, "--fsdp_min_num_params", 5000)
-    printed = train_in(cwd, photos_dir, tiny_weights, *fsdp, train_flags=(*BEST, *flags))
+    printed = train_in(cwd, photos_dir, tiny_weights, *fsdp, train_flags=(*LIGHT, *flags))
     assert "2 x cpu (1 threads), float32, sharded (FSDP)" in printed
 
 
 @pytest.fixture(scope="module")
-def best_alone(tmp_path_factory, photos_dir, tiny_weights):
-    """The metrics of three epochs of the recipe best, by a single process."""
-    cwd = tmp_path_factory.mktemp("best") / "work"
-    train_in(cwd, photos_dir, tiny_weights, "python", train_flags=(*BEST, "--epochs", 3))
+def light_alone(tmp_path_factory, photos_dir, tiny_weights):
+    """The metrics of three epochs of the recipe light, by a single process."""
+    cwd = tmp_path_factory.mktemp("light") / "work"
+    train_in(cwd, photos_dir, tiny_weights, "python", train_flags=(*LIGHT, "--epochs", 3))
     rows = metrics_of(cwd / "runs/it")
     assert rows[3]["validation_loss"] != pytest.approx(rows[0]["validation_loss"], rel=0.01)
     return rows
@@ -180,8 +180,8 @@ def in_pieces(tmp_path_factory, photos_dir, tiny_weights):
     return cwd
 
 
-def test_a_network_in_pieces_computes_as_one_process(in_pieces, best_alone):
-    assert_same_numbers(metrics_of(in_pieces / "runs/it")[:3], best_alone[:3])
+def test_a_network_in_pieces_computes_as_one_process(in_pieces, light_alone):
+    assert_same_numbers(metrics_of(in_pieces / "runs/it")[:3], light_alone[:3])
 
 
 @pytest.mark.parametrize(
@@ -210,19 +210,19 @@ def test_what_a_network_in_pieces_saves_is_whole(in_pieces):
     assert shapes == {name: value.shape for name, value in saved.items()}
 
 
-def test_a_network_in_pieces_goes_on(in_pieces, best_alone, tmp_path, photos_dir, tiny_weights):
+def test_a_network_in_pieces_goes_on(in_pieces, light_alone, tmp_path, photos_dir, tiny_weights):
     shutil.copytree(in_pieces, tmp_path / "work")
     launch_in_pieces(tmp_path / "work", photos_dir, tiny_weights, *MORE_EPOCHS)
-    assert_same_numbers(metrics_of(tmp_path / "work/runs/it"), best_alone)
+    assert_same_numbers(metrics_of(tmp_path / "work/runs/it"), light_alone)
 
 
 def test_whole_copies_go_on_from_a_checkpoint_of_pieces(
-    in_pieces, best_alone, tmp_path, photos_dir, tiny_weights
+    in_pieces, light_alone, tmp_path, photos_dir, tiny_weights
 ):
     shutil.copytree(in_pieces, tmp_path / "work")
-    cpu, flags = (*LAUNCH, CONFIGS / "cpu.yaml"), (*BEST, *MORE_EPOCHS)
+    cpu, flags = (*LAUNCH, CONFIGS / "cpu.yaml"), (*LIGHT, *MORE_EPOCHS)
     train_in(tmp_path / "work", photos_dir, tiny_weights, *cpu, train_flags=flags)
-    assert_same_numbers(metrics_of(tmp_path / "work/runs/it"), best_alone)
+    assert_same_numbers(metrics_of(tmp_path / "work/runs/it"), light_alone)
 
 
 def free_port():

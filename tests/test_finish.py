@@ -103,7 +103,7 @@ class StopInEvaluation:
         # The third evaluation is that of the saved model, whose weights are in no checkpoint.
         (("--val-fraction", 0.2, "--ema-decay", 0.5, "--keep", "best"), 3, "step-00000006"),
         # The first is that of a solved head.
-        (("--recipe", "best", "--epochs", 2, "--batch-size", 8, "--val-fraction", 0.2), 1, "step-00000000"),
+        (("--recipe", "light", "--epochs", 2, "--batch-size", 8, "--val-fraction", 0.2), 1, "step-00000000"),
     ],
 )
 def test_a_signal_in_an_evaluation_stops_it_and_the_run_resumes_to_the_very_bit(

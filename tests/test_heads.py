@@ -386,9 +386,9 @@ def test_the_class_vector_recipe_is_judged_before_its_first_step(tiny_weights, p
     ("flags", "kept"),
     [(("--learning-rate", 0.1), 0), (("--augmentation", "none", "--probe-views", 0), 1)],
 )
-def test_the_best_recipe_keeps_the_better_of_start_and_end(tiny_weights, photos_dir, tmp_path, flags, kept):
+def test_the_light_recipe_keeps_the_better_of_start_and_end(tiny_weights, photos_dir, tmp_path, flags, kept):
     flags = ("--val-fraction", 0.3, "--epochs", 1, "--train-image-size", 64, "--no-calibrate", *flags)
-    train_here(tiny_weights, photos_dir, tmp_path / "run", "--recipe", "best", *flags)
+    train_here(tiny_weights, photos_dir, tmp_path / "run", "--recipe", "light", *flags)
     *rows, final = numbers_of(tmp_path / "run")
     assert [row["epoch"] for row in rows] == [0, 1] and "test_loss" not in rows[0]
     better = rows[1]["validation_loss"] < rows[0]["validation_loss"]

@@ -17,11 +17,11 @@ import scipy.stats
 import torch
 from conftest import ROOT, TINY_MODEL, begin, draw_photos, run
 
-from hotdog_hf.config import RECIPES, parse_train_config
+from hotdog_hf.config import RECIPES, override, parse_train_config
 from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.study import comparison, plan
 from hotdog_hf.study.page import PICTURES, answers, write_study
-from hotdog_hf.study.plan import ARMS, VARIANTS, override, runs_of
+from hotdog_hf.study.plan import ARMS, VARIANTS, runs_of
 from hotdog_hf.study.results import (
     Result,
     interval,
@@ -61,7 +61,7 @@ def studied(photos, tiny_weights, tmp_path_factory):
         patch.setattr(plan, "RATE_FACTORS", (1.0, 30.0))
         patch.setattr(plan, "GRID_FACTORS", (1.0,))
         patch.setattr(plan, "GRID_DECAYS", (0.001, 0.01))
-        patch.setattr(plan, "VARIANTS", {name: VARIANTS[name] for name in ("best", "SGD")})
+        patch.setattr(plan, "VARIANTS", {name: VARIANTS[name] for name in ("light", "SGD")})
         reproduce = importlib.import_module("reproduce")
         knobs = {"model": TINY_MODEL, "weights": str(tiny_weights), "image_size": 64, "num_threads": 1}
         where = {"data_dir": (str(photos),), "output_dir": str(study_dir)}
@@ -84,7 +84,7 @@ def test_every_arm_stands_in_the_table_and_in_the_answers(studied):
         assert re.search(rf"^\| {re.escape(title)} \| 2 \| \d+\.\d% \|", text, re.MULTILINE), title
     for question in ("Does fine-tuning beat", "Exercise 1", "Exercise 2", "Exercise 3", "Exercise 4"):
         assert f"**{question}" in text
-    for name in ("best", "SGD"):
+    for name in ("light", "SGD"):
         assert f"| {name} | 2 | " in text
     for picture in PICTURES:
         assert (study_dir / picture).stat().st_size > 5000 and f"({picture})" in text
@@ -103,7 +103,7 @@ def test_a_line_of_the_csv_tells_how_to_train_that_run_alone(studied):
 
 def test_a_run_of_the_study_ends_as_the_same_run_alone(studied, tmp_path):
     _, study_dir = studied
-    line = next(line for line in results_of(study_dir) if line["run"] == "best" and line["seed"] == "1")
+    line = next(line for line in results_of(study_dir) if line["run"] == "light" and line["seed"] == "1")
     words = line["command"].split()[2:]
     assert run("python", *words, "--output-dir", tmp_path / "alone").returncode == 0
     model = "model/model.safetensors"
@@ -273,7 +273,7 @@ def test_what_is_no_experiment_is_refused():
 
 
 def test_every_variant_is_a_config():
-    assert all(override(RECIPES["best"], **knobs) for knobs in VARIANTS.values())
+    assert all(override(RECIPES["light"], **knobs) for knobs in VARIANTS.values())
 
 
 def test_recipes_are_compared_on_several_folders(photos, tiny_weights, tmp_path, monkeypatch):
@@ -322,7 +322,7 @@ def test_the_overall_table_counts_ranks_wins_and_points_behind():
     ("flags", "message"),
     [
         (("--data-dir", "a", "b"), "2 --data-dir need --only compare"),
-        (("--only", "compare", "best"), "--only compare stands alone"),
+        (("--only", "compare", "light"), "--only compare stands alone"),
         (("--only", "compare", "--data-dir", "a", "a"), "needs folders that differ, got a a"),
     ],
 )

@@ -143,7 +143,7 @@ def targets(measured: Measured) -> list[Target]:
         ratio(f"training, whole job: {ours} / {plain}", "training", ours, plain, 1.3)
     ratio("training: ours / limit in memory", "training", "ours", "limit: tensors in memory", 0.95)
     rounds = len(measured.rows("accuracy", "chapter"))
-    for name in ("probe", "best"):
+    for name in ("probe", "light"):
         if reached := measured.ratio("accuracy", "chapter", name):
             text = (
                 f"seconds to the chapter's accuracy: chapter / {name}, reached in {reached.count} of {rounds}"
@@ -348,7 +348,7 @@ def _spreads(axes: object, names: list[str], spreads: list[Spread], logarithmic:
     """Draw one bar (or dot) per variant, with its minimum and maximum, the first at the top."""
     medians = np.array([found.median for found in spreads])
     reach = np.array([[found.median - found.low, found.high - found.median] for found in spreads]).T
-    colours = ["tab:orange" if name.startswith(("ours", "probe", "best")) else "tab:blue" for name in names]
+    colours = ["tab:orange" if name.startswith(("ours", "probe", "light")) else "tab:blue" for name in names]
     if logarithmic:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")

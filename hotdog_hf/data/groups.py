@@ -10,6 +10,7 @@ import imagehash
 import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
+from sklearn.model_selection import StratifiedGroupKFold
 
 from hotdog_hf.data import check
 from hotdog_hf.data.images import decode_image
@@ -79,6 +80,23 @@ def _hash_image(image: dict) -> str:
         return str(imagehash.phash(decode_image(source, check.HASH_SIDE)))
     except UserError:
         return ""
+
+
+def content_folds(labels: np.ndarray, groups: np.ndarray, most: int, seed: int) -> np.ndarray | None:
+    """Return the fold of each photo, int64 [N], with every group in one fold and the classes spread evenly.
+
+    As many folds as the smallest class has groups, up to `most`. None if a class has a single group, so that
+    some fold would leave nothing of it to learn.
+    """
+    fewest = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
+    fold_of = np.zeros(len(labels), np.int64)
+    if fewest >= 2:
+        folds = StratifiedGroupKFold(min(most, fewest), shuffle=True, random_state=seed)
+        for fold, (_, held_back) in enumerate(folds.split(labels, labels, groups)):
+            fold_of[held_back] = fold
+    # A group with photos of several classes may take the last of a class along.
+    learned = [np.unique(labels[fold_of != fold]) for fold in range(fold_of.max() + 1)]
+    return fold_of if min(map(len, learned)) == len(np.unique(labels)) else None
 
 
 def hold_back(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray | None:

@@ -39,10 +39,11 @@ class CropAndFlip:
     # All threads share torch's generator.
     _drawing = threading.Lock()
 
-    def __init__(self, size: int | Sequence[int], min_crop_area: float, data_config: dict):
+    def __init__(self, size: int | Sequence[int], min_crop_area: float, data_config: dict, flip: bool = True):
         self.crop = v2.RandomResizedCrop(size, scale=(min_crop_area, 1.0))
         self.interpolation = Image.Resampling[data_config["interpolation"].upper()]
         self.normalize = Normalize(data_config["mean"], data_config["std"])
+        self.flip = flip
 
     def pixels(self, photo: Photo | Image.Image, *numbers: int) -> torch.Tensor:
         """Return the bytes of a crop, uint8 [3, H, W]; crop and flip depend only on size and numbers."""
@@ -50,7 +51,7 @@ class CropAndFlip:
             # Only the CPU's generator: torch.manual_seed would reset the GPU's too, for every photo.
             torch.default_generator.manual_seed(derive_seed(*numbers))
             no_pixels = torch.empty(photo.size[::-1], device="meta")
-            place, flip = self.crop.make_params([no_pixels]), torch.rand(1) < 0.5
+            place, flip = self.crop.make_params([no_pixels]), self.flip and torch.rand(1) < 0.5
         cropped = self._cropped(photo, **place)
         return v2.functional.pil_to_tensor(v2.functional.horizontal_flip(cropped) if flip else cropped)
 
@@ -77,14 +78,14 @@ def eval_transform(data_config: dict) -> ResizeAndCrop:
 
 
 def train_transform(
-    data_config: dict, image_size: int | None = None, min_crop_area: float = 0.08
+    data_config: dict, image_size: int | None = None, min_crop_area: float = 0.08, flip: bool = True
 ) -> CropAndFlip:
-    """Return the chapter's training transform.
+    """Return the chapter's training transform, or without `flip` one that mirrors no photo.
 
     A crop covers at least `min_crop_area` of the photo and is resized to `image_size` pixels square (None:
     the evaluation size; smaller is faster, and objects look larger in random crops anyway: arXiv 1906.06423).
     """
-    return CropAndFlip(image_size or data_config["input_size"][1:], min_crop_area, data_config)
+    return CropAndFlip(image_size or data_config["input_size"][1:], min_crop_area, data_config, flip)
 
 
 def derive_seed(*numbers: int) -> int:

@@ -113,6 +113,46 @@ def fit_with_held_out(
     return Layer(weight, bias), held_out
 
 
+def cross_validate(
+    features: np.ndarray,
+    labels: np.ndarray,
+    prior_of: Callable[[np.ndarray, np.ndarray], Prior | None],
+    fold_of: np.ndarray,
+    views: Sequence[np.ndarray] = (),
+    class_weights: np.ndarray | None = None,
+) -> tuple[np.ndarray, list[Layer]]:
+    """Return log-probabilities [N, classes] of photos by layers that learned no photo of their fold.
+
+    Also the layer of each fold, which learned the other folds. `fold_of` [N] numbers the folds from 0; every
+    class must be in the rest of every fold. The rest is as in `fit_regression`, but for a cheaper choice of
+    the strengths: those of a fold are weighted by the likelihood of the other folds.
+    """
+    weights = np.ones(labels.max() + 1) if class_weights is None else class_weights
+    strengths = [strength for strength in STRENGTHS if strength * len(labels) >= WEAKEST_TOTAL]
+    paths, losses = [], []
+    for fold in range(fold_of.max() + 1):
+        learned, held_back = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
+        everything = np.concatenate([each[learned] for each in (features, *views)]).astype(np.float64)
+        targets = np.tile(labels[learned], 1 + len(views))
+        paths.append(_fit_path(everything, targets, prior_of, weights, len(learned), strengths))
+        own = labels[held_back]
+        outputs = [layer.logits(features[held_back]) for layer in paths[-1]]
+        losses.append([float(weights[own] @ log_losses(logits, own)) for logits in outputs])
+    log_probabilities, layers = np.zeros((len(labels), len(weights))), []
+    for fold, path in enumerate(paths):
+        shares = scipy.special.softmax(np.array(losses[fold]) - np.sum(losses, axis=0))
+        layers.append(
+            Layer(
+                sum(share * layer.weight for share, layer in zip(shares, path, strict=True)),
+                sum(share * layer.bias for share, layer in zip(shares, path, strict=True)),
+            )
+        )
+        held_back = fold_of == fold
+        logits = layers[-1].logits(features[held_back])
+        log_probabilities[held_back] = scipy.special.log_softmax(logits, axis=1)
+    return log_probabilities, layers
+
+
 class _Path:
     """The layers of one set of photos for several strengths, each fit starting from the one before."""
 

@@ -1,13 +1,12 @@
 """The runs of the study."""
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from hotdog_hf.config import DEFAULT_DATA_DIR, HARMLESS, RECIPES, TrainConfig, flatten, to_dict
+from hotdog_hf.config import DEFAULT_DATA_DIR, HARMLESS, RECIPES, TrainConfig, flatten, override, to_dict
 
 # The arms by name: the recipe, and its name in the table.
 ARMS = {
@@ -16,16 +15,16 @@ ARMS = {
     "frozen": ("frozen", "body frozen (exercise 3)"),
     "class-vector": ("class-vector", "from the source's class vector (exercise 4)"),
     "probe": ("probe", "fitted head, no training"),
-    "best": ("best", "our recipe"),
+    "light": ("light", "light fine-tuning from a probe"),
 }
 # The recipes that `compare` trains on every folder.
 COMPARED = ("chapter", "probe", "source-probe", "best")
 # Exercise 1: the chapter's rate times these. Exercise 2: every pair of these factors and weight decays.
 RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 GRID_FACTORS, GRID_DECAYS = (0.3, 1.0, 3.0), (0.0001, 0.001, 0.01)
-# What else was tried for the recipe "best", each evaluated only on a validation split.
+# What else was tried for the recipe "light", each evaluated only on a validation split.
 VARIANTS: dict[str, dict] = {
-    "best": {},
+    "light": {},
     "probe without crops": {"probe_views": 0},
     "head not solved": {"head_init": "xavier", "probe_views": 0, "head_lr_mult": 10.0},
     "BatchNorm by the batch": {"batch_norm": "batch"},
@@ -55,7 +54,7 @@ CHOICE_FRACTION = 0.2
 
 
 Experiment = Literal[
-    "finetune", "scratch", "frozen", "class-vector", "probe", "best", "rates", "grid", "variants", "compare"
+    "finetune", "scratch", "frozen", "class-vector", "probe", "light", "rates", "grid", "variants", "compare"
 ]
 EXPERIMENTS = get_args(Experiment)
 
@@ -74,7 +73,7 @@ class ReproduceConfig:
     source_class: tuple[str, ...] = ()
     # Number of seeds (0, 1, ...) of each arm. Rates and grid have one, variants at most two.
     seeds: int = 5
-    # What to run: the arms by name, exercise 1 (rates), exercise 2 (grid), what was tried for "best"
+    # What to run: the arms by name, exercise 1 (rates), exercise 2 (grid), what was tried for "light"
     # (variants), or, alone, the recipes side by side on each folder (compare). Unset: all but the last two.
     only: tuple[Experiment, ...] = EXPERIMENTS[:-2]
     # Epochs of every run but the probe's. Unset: each recipe's own.
@@ -125,16 +124,6 @@ class Run:
         return study_dir / f"{self.name}-seed{self.seed}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
 
 
-def override(config: TrainConfig, **knobs: object) -> TrainConfig:
-    """Return the config with some knobs set, whatever group they belong to."""
-    groups = {}
-    for group in ("data", "model", "optim", "run", "hub"):
-        part = getattr(config, group)
-        own = {field.name for field in dataclasses.fields(part)} & knobs.keys()
-        groups[group] = dataclasses.replace(part, **{name: knobs.pop(name) for name in own})
-    return dataclasses.replace(config, **groups, **knobs)
-
-
 def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
     """Return the runs of one experiment, with the `common` knobs (data, model, size) on top of its recipe.
 
@@ -176,7 +165,7 @@ def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
             for decay in GRID_DECAYS
         ]
     return [
-        run(f"variant-{name}", "best", seed, **{"val_fraction": CHOICE_FRACTION, **knobs})
+        run(f"variant-{name}", "light", seed, **{"val_fraction": CHOICE_FRACTION, **knobs})
         for name, knobs in VARIANTS.items()
         for seed in range(min(seeds, 2))
     ]

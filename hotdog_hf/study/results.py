@@ -10,11 +10,11 @@ import scipy.stats
 import torch
 from sklearn import metrics as sk
 
-from hotdog_hf.config import RECIPES, command_of
+from hotdog_hf.config import RECIPES, command_of, override
 from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.files import write_json
 from hotdog_hf.metrics import quality
-from hotdog_hf.study.plan import ARMS, Run, override
+from hotdog_hf.study.plan import ARMS, Run
 from hotdog_hf.training.records import scores_of
 
 # Marks a run whose loss diverged, which is a result too.

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from hotdog_hf import files
-from hotdog_hf.config import DataConfig
+from hotdog_hf.config import DataConfig, override
 from hotdog_hf.data import transforms
 from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import Photos, describe, resolve_positive
@@ -17,7 +17,7 @@ from hotdog_hf.model import heads
 from hotdog_hf.model.source import create_source, input_size, load_source, source_data_config
 from hotdog_hf.study import plots
 from hotdog_hf.study.page import write_study
-from hotdog_hf.study.plan import COMMON, EXPERIMENTS, ReproduceConfig, Run, override, runs_of
+from hotdog_hf.study.plan import COMMON, EXPERIMENTS, ReproduceConfig, Run, runs_of
 from hotdog_hf.study.results import (
     Result,
     curves,

@@ -31,6 +31,8 @@ class CardFacts:
     license: str
     hardware: str
     versions: str
+    # What the recipe "best" tried and chose: the content of choice.json.
+    choice: dict | None = None
 
 
 def write_card(run_dir: str | os.PathLike, facts: CardFacts) -> Path:
@@ -60,6 +62,7 @@ def write_card(run_dir: str | os.PathLike, facts: CardFacts) -> Path:
             _usage(folder, facts.data_config),
             _results(label_names, scores, positive_label, counts["test"]),
             _training(facts),
+            *([_choice(facts.choice)] if facts.choice else []),
             *(f"![{picture.removesuffix('.png')}]({picture})" for picture in pictures),
             _limits(label_names, counts, scores),
             _license(facts.license),
@@ -209,6 +212,25 @@ def _training(facts: CardFacts) -> str:
             *table,
             f"\nRecipe {config['recipe']}, seed {config['run']['seed']}: {knobs}.",
             f"\nHardware: {_text(facts.hardware)}. {facts.versions}.",
+        ]
+    )
+
+
+def _choice(choice: dict) -> str:
+    rows = [
+        f"| {_text(row['name'])} | {row['log_loss']:.3f} ({row['log_loss_se']:.3f})"
+        f" | {row['accuracy']:.3f} ({row['accuracy_se']:.3f}) | {row['photos']}, {row['how']} |"
+        for row in choice["tried"]
+    ]
+    return "\n".join(
+        [
+            "## Choice\n\nThe recipe `best` tried these on parts of train (standard errors in brackets)"
+            f" and chose {_text(choice['chosen'])}: {_text(choice['why'])}.\n",
+            "| candidate | log-loss | accuracy | photos |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "\nThe log-loss of a candidate that was tested on a part is that of the best cross-validated one,"
+            " plus their difference there.",
         ]
     )
 

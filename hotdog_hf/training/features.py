@@ -44,13 +44,15 @@ class FeatureExtractor:
         photo_set = PhotoDataset(self.photos.splits[name], eval_transform(self.data_config), seed)
         return self._pooled(photo_set, self._facts(name), name)
 
-    def crops(self, name: str, count: int, min_crop_area: float, seed: int) -> list[FeatureDataset]:
+    def crops(
+        self, name: str, count: int, min_crop_area: float, seed: int, flip: bool = True
+    ) -> list[FeatureDataset]:
         """Return the features of `count` random crops of each photo of a split, at the evaluation size."""
-        crop, views = train_transform(self.data_config, None, min_crop_area), []
+        crop, views = train_transform(self.data_config, None, min_crop_area, flip), []
         facts = self._facts(name) if count else []
         for view in range(1, count + 1):
             photo_set = PhotoDataset(self.photos.splits[name], crop, derive_seed(seed, view))
-            view_facts = [*facts, min_crop_area, seed, view]
+            view_facts = [*facts, min_crop_area, seed, view, *([] if flip else ["no flip"])]
             views.append(self._pooled(photo_set, view_facts, f"crops {view}/{count}"))
         return views
 

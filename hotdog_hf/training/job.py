@@ -55,6 +55,8 @@ class Job:
     held_out: calibration.HeldOut | None
     # What training changes. A fitted head starts at epoch 0, with its loss and accuracy on train.
     state: TrainState
+    # What the recipe "best" tried and chose, for choice.json and the card.
+    choice: dict | None = None
 
     @property
     def micro_batch_size(self) -> int:
@@ -75,8 +77,11 @@ class BuiltModel(NamedTuple):
     held_out: calibration.HeldOut | None
 
 
-def build(config: TrainConfig, accelerator: Accelerator) -> Job:
-    """Build all parts and print a summary. Raises `UserError` for parts that do not fit together."""
+def build(config: TrainConfig, accelerator: Accelerator, photos: Photos | None = None) -> Job:
+    """Build all parts and print a summary; reads the photos unless they are given.
+
+    Raises `UserError` for parts that do not fit together.
+    """
     seed, workers = config.run.seed, config.data.num_workers
     set_seed(seed)
     workers = launch.default_workers(accelerator) if workers is None else workers
@@ -84,7 +89,7 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Job:
     accelerator.print(f"{hardware}, {workers} loader processes, seed {seed}")
     if hint := launch.bf16_hint(accelerator):
         accelerator.print(hint)
-    photos = open_photos(config.data, seed, accelerator)
+    photos = photos or open_photos(config.data, seed, accelerator)
     positive_label = resolve_positive(photos.label_names, config.data.positive_label)
     eval_split = "validation" if "validation" in photos.splits else "test"
     if config.run.keep == "best" and eval_split == "test":
@@ -148,7 +153,9 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
     split_features = {split: extractor.split(split, seed) for split in feature_splits}
     held_out = None
     if fitted:
-        views = extractor.crops("train", config.model.probe_views, config.data.min_crop_area, seed)
+        views = extractor.crops(
+            "train", config.model.probe_views, config.data.min_crop_area, seed, config.data.flip
+        )
         if warning := heads.single_photo_warning(head_init, photos.counts()["train"]):
             accelerator.print(warning)
         balanced = config.optim.class_weights == "balanced"
@@ -179,7 +186,7 @@ def build_train_loader(
     transform = transforms.eval_transform(model.data_config)
     if config.data.augmentation == "crop":
         size, area = config.data.train_image_size, config.data.min_crop_area
-        transform = transforms.train_transform(model.data_config, size, area)
+        transform = transforms.train_transform(model.data_config, size, area, config.data.flip)
     if config.data.streaming:
         sum_processes = functools.partial(launch.sum_processes, accelerator)
         sampler = stream.StreamSampler(

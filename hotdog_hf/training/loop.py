@@ -1,6 +1,7 @@
 """One training run from photos to a saved and evaluated model: `train` has the loop over the epochs."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from hotdog_hf.errors import UserError, message_of
 from hotdog_hf.model import calibration as calibrations
 from hotdog_hf.model import heads, saved
 from hotdog_hf.model.source import describe_source
-from hotdog_hf.training import card, checkpoint, engine, launch, plots, records, sharding
+from hotdog_hf.training import card, checkpoint, choice, engine, launch, plots, records, sharding
 from hotdog_hf.training.job import Job, build
 from hotdog_hf.training.run_dir import (
     check_same_run,
@@ -35,7 +36,11 @@ from hotdog_hf.training.state import Progress
 
 def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal) -> Path | None:
     """Load photos and model, train, evaluate, save; return the run's folder, or None if it was stopped."""
-    started, job = time.perf_counter(), build(config, accelerator)
+    started = time.perf_counter()
+    if (decision := choice.decide(config, accelerator, stop, started)) is None:
+        return None
+    config = decision.config
+    job = dataclasses.replace(build(config, accelerator, decision.photos), choice=decision.record)
     job.state.started = started
     with contextlib.ExitStack() as stack:
         run_dir = open_run(job, stack)
@@ -95,6 +100,8 @@ def open_run(job: Job, stack: contextlib.ExitStack) -> Path:
         stack.callback(lock.release)
         with files.writing_to(folder):
             write_identity(folder, identity, job.photos.skipped)
+            if job.choice:
+                files.write_json(folder / "choice.json", job.choice)
         return folder
 
     run_dir = launch.run_on_main(accelerator, open_folder)
@@ -276,6 +283,7 @@ def finish(job: Job, run_dir: Path, evaluation: Evaluation, calibration: dict | 
                 data_config=job.data_config,
                 hardware=job.hardware,
                 versions=launch.describe_versions(),
+                choice=job.choice,
             )
             card.write_card(run_dir, facts)
     # Last, once everything else is written: the GPU may have no room for a copy of the network.

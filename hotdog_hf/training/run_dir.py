@@ -60,6 +60,14 @@ def default_run_dir(recipe: str) -> Path:
     return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def check_new(folder: Path) -> None:
+    """Raise `UserError` if the folder already holds a run."""
+    if (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} already holds a run; give another --output-dir, or resume it with --resume auto"
+        )
+
+
 def open_run_dir(path: str | os.PathLike, resume: bool = False) -> tuple[Path, filelock.FileLock]:
     """Create the run's folder, or with `resume` open an existing one; return it with its acquired lock.
 
@@ -71,10 +79,8 @@ def open_run_dir(path: str | os.PathLike, resume: bool = False) -> tuple[Path, f
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock")
         lock.acquire(timeout=0)
-        if not resume and (folder / "config.json").exists():
-            raise UserError(
-                f"{folder} already holds a run; give another --output-dir, or resume it with --resume auto"
-            )
+        if not resume:
+            check_new(folder)
     except filelock.Timeout as error:
         raise UserError(f"another process is running in {folder}; give another --output-dir") from error
     except FileExistsError as error:
