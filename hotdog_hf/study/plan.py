@@ -134,8 +134,8 @@ def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
         # Knobs that a recipe sets itself, or does not use.
         kept_out = {
             "weights": recipe == "scratch",
-            "source_class": recipe not in ("class-vector", "source-probe"),
-            "epochs": recipe in ("probe", "source-probe"),
+            "source_class": recipe not in ("class-vector", "source-probe", "best"),
+            "epochs": recipe in ("probe", "source-probe", "best"),
         }
         shared = {key: value for key, value in common.items() if not kept_out.get(key)}
         return Run(experiment, name, seed, override(RECIPES[recipe], **shared | knobs, seed=seed))

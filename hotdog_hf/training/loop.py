@@ -41,11 +41,11 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal
         return None
     config = decision.config
     job = dataclasses.replace(build(config, accelerator, decision.photos), choice=decision.record)
-    job.state.started = started
+    job.state.started, built = started, decision.seconds + started
     with contextlib.ExitStack() as stack:
         run_dir = open_run(job, stack)
         if job.state.progress.epoch == 0:
-            job.state.progress.seconds = time.perf_counter() - started
+            job.state.progress.seconds = time.perf_counter() - built
         evaluation = None
         try:
             # Each epoch is evaluated; with a fitted head also the start, as epoch 0.

@@ -1,0 +1,127 @@
+"""The recipe "best": it decides on train alone, writes down why, and a resumed run keeps to it."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.special
+from conftest import TINY_MODEL, draw_photos
+from test_resume import StopAfter, assert_same_run, train_here
+
+from hotdog_hf.config import parse_train_config
+from hotdog_hf.data.groups import content_folds
+from hotdog_hf.errors import UserError
+from hotdog_hf.model import regression
+from hotdog_hf.training import launch, search
+from hotdog_hf.training.choice import decide
+from hotdog_hf.training.search import Search
+
+
+def decide_here(weights, data_dir, *flags):
+    """What the recipe would train, without training it."""
+    words = ["--recipe", "best", "--data-dir", data_dir, "--model", TINY_MODEL, "--weights", weights]
+    config = parse_train_config([str(word) for word in [*words, "--image-size", 64, *flags]])
+    return decide(config, launch.build_accelerator("no", num_threads=1), SimpleNamespace(number=0), 0.0)
+
+
+def prefer(monkeypatch, recipe):
+    """Let a recipe have the lowest log-loss."""
+    monkeypatch.setattr(Search, "score", lambda _, tried: float(tried.candidate.recipe != recipe))
+
+
+def test_a_photo_is_scored_by_layers_that_learned_nothing_of_its_fold(monkeypatch):
+    monkeypatch.setattr(regression, "STRENGTHS", (1.0,))
+    random = np.random.default_rng(0)
+    features, labels, fold_of = random.normal(size=(40, 60)), np.arange(40) % 2, np.arange(40) // 2 % 4
+    other = np.where(fold_of == 1, 1 - labels, labels)
+    ours, layers = regression.cross_validate(features, labels, lambda *_: None, fold_of, [features])
+    theirs, _ = regression.cross_validate(features, other, lambda *_: None, fold_of, [features])
+    assert np.array_equal(ours[fold_of == 1], theirs[fold_of == 1])
+    assert not np.array_equal(ours[fold_of == 0], theirs[fold_of == 0])
+    np.testing.assert_allclose(np.exp(ours).sum(axis=1), 1)
+    logits = layers[2].logits(features[fold_of == 2])
+    np.testing.assert_allclose(
+        logits - ours[fold_of == 2], np.log(np.exp(logits).sum(axis=1))[:, None] + [[0, 0]]
+    )
+
+
+def test_folds_keep_copies_together_and_every_class_in_every_rest():
+    labels, groups = np.arange(24) % 2, np.arange(24) // 2 % 9
+    fold_of = content_folds(labels, groups, 4, 0)
+    assert sorted(set(fold_of)) == [0, 1, 2, 3]
+    assert all(len(set(fold_of[groups == group])) == 1 for group in groups)
+    assert all(len(set(labels[fold_of != fold])) == 2 for fold in range(4))
+    assert set(content_folds(np.array([0, 0, 0, 1, 1]), np.arange(5), 4, 0)) == {0, 1}
+    assert content_folds(np.array([0, 0, 1, 1]), np.array([0, 1, 2, 2]), 4, 0) is None
+
+
+def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "TRIAL_EPOCHS", 2)
+    shutil.copytree(photos_dir / "train", tmp_path / "train")
+    draw_photos(tmp_path / "test", {"hotdog": 1, "not-hotdog": 1})
+    one, other = (decide_here(tiny_weights, folder) for folder in (photos_dir, tmp_path))
+    tried = one.record["tried"]
+    assert tried == other.record["tried"] and one.record["knobs"] == other.record["knobs"]
+    recipes = [row["recipe"] for row in tried]
+    assert recipes.count("source-probe") == 4 and sorted(set(recipes)) == ["full", "probe", "source-probe"]
+    assert [row["log_loss"] for row in tried] == sorted(row["log_loss"] for row in tried)
+    assert one.record["chosen"] == tried[0]["name"] and one.config.recipe == tried[0]["recipe"]
+    full = next(row for row in tried if row["recipe"] == "full")
+    assert full["photos"] < 25 and full["how"].startswith("part held back")
+    assert all(row["photos"] == 25 for row in tried if row is not full)
+
+
+def test_a_resumed_run_trains_what_was_chosen(tiny_weights, photos_dir, tmp_path, monkeypatch, capsys):
+    flags = ("--recipe", "best", "--checkpoint-every", 1, "--resume", "auto")
+    prefer(monkeypatch, "full")
+    monkeypatch.setattr(search, "TRIAL_EPOCHS", 2)
+    run_dir, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    train_here(tiny_weights, photos_dir, run_dir, *flags, stop=StopAfter(3))
+    assert not run_dir.exists() and "stopped before anything was chosen" in capsys.readouterr().out
+    train_here(tiny_weights, photos_dir, run_dir, *flags, stop=StopAfter(20))
+    record = json.loads((run_dir / "choice.json").read_text())
+    assert record["recipe"] == record["config"]["recipe"] == "full"
+    assert (run_dir / "checkpoints").exists() and not (run_dir / "predictions.csv").exists()
+    # The command of the record trains the same without choosing.
+    config = parse_train_config(record["command"].split()[3:])
+    assert config.optim == parse_train_config(["--recipe", "full", "--batch-size", "8"]).optim
+
+    monkeypatch.delattr(Search, "run")
+    with pytest.raises(UserError, match="cannot resume: --seed was 0, is 1"):
+        train_here(tiny_weights, photos_dir, run_dir, *flags, "--seed", 1)
+    train_here(tiny_weights, photos_dir, run_dir, *flags)
+    # As if killed before its first checkpoint.
+    undisturbed.mkdir()
+    shutil.copy(run_dir / "choice.json", undisturbed)
+    train_here(tiny_weights, photos_dir, undisturbed, *flags)
+    assert_same_run(run_dir, undisturbed)
+    card = (run_dir / "model/README.md").read_text()
+    assert "and chose full fine-tuning: its log-loss, " in card and "| probe, squashed, 64 pixels |" in card
+    with pytest.raises(UserError, match="already holds a run"):
+        train_here(tiny_weights, photos_dir, run_dir, *flags[:-2])
+
+
+def test_what_the_recipe_chooses_cannot_be_given(tiny_weights, photos_dir):
+    with pytest.raises(UserError, match="--epochs: --recipe best chooses it"):
+        decide_here(tiny_weights, photos_dir, "--epochs", 3)
+
+
+def test_few_minutes_try_less_and_more_try_more(tiny_weights, photos_dir, monkeypatch):
+    decision = decide_here(tiny_weights, photos_dir, "--minutes", 0.01)
+    assert [row["recipe"] for row in decision.record["tried"]] == ["source-probe"]
+    tried = []
+    monkeypatch.setattr(Search, "left", lambda _: 1000.0)
+    monkeypatch.setattr(Search, "train_part", lambda _, way, layer: tried.append(way.recipe))
+    prefer(monkeypatch, "full")
+    decide_here(tiny_weights, photos_dir, "--minutes", 100)
+    assert tried == ["full", "light", "full"]
+
+
+def test_with_one_photo_of_a_class_there_is_nothing_to_choose_on(tiny_weights, tmp_path):
+    draw_photos(tmp_path / "train", {"hotdog": 1, "not-hotdog": 3})
+    draw_photos(tmp_path / "test", {"hotdog": 1, "not-hotdog": 1})
+    decision = decide_here(tiny_weights, tmp_path)
+    assert decision.config.recipe == "source-probe" and not decision.record["tried"]
+    assert "a class has one photo" in decision.record["why"]
