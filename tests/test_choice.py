@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.special
 from conftest import TINY_MODEL, draw_photos
 from test_resume import StopAfter, assert_same_run, train_here
 
@@ -58,7 +57,7 @@ def test_folds_keep_copies_together_and_every_class_in_every_rest():
 
 
 def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "TRIAL_EPOCHS", 2)
+    monkeypatch.setattr(search, "TRIAL_EPOCHS", 1)
     shutil.copytree(photos_dir / "train", tmp_path / "train")
     draw_photos(tmp_path / "test", {"hotdog": 1, "not-hotdog": 1})
     one, other = (decide_here(tiny_weights, folder) for folder in (photos_dir, tmp_path))
@@ -76,7 +75,7 @@ def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, m
 def test_a_resumed_run_trains_what_was_chosen(tiny_weights, photos_dir, tmp_path, monkeypatch, capsys):
     flags = ("--recipe", "best", "--checkpoint-every", 1, "--resume", "auto")
     prefer(monkeypatch, "full")
-    monkeypatch.setattr(search, "TRIAL_EPOCHS", 2)
+    monkeypatch.setattr(search, "TRIAL_EPOCHS", 1)
     run_dir, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     train_here(tiny_weights, photos_dir, run_dir, *flags, stop=StopAfter(3))
     assert not run_dir.exists() and "stopped before anything was chosen" in capsys.readouterr().out

@@ -70,6 +70,8 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
             "--probe-views needs --head-init probe or source-probe, and --augmentation crop",
         ),
         ("--recipe light --probe-views -1", "--probe-views must be 0 or more, got -1"),
+        ("--minutes 5", "--minutes needs --recipe best, got 5"),
+        ("--recipe best --minutes 0", "--minutes must be above 0"),
         ("--recipe frozen --ema-decay 0.9", "--ema-decay does not work with --cache-features"),
     ],
 )

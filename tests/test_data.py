@@ -155,6 +155,19 @@ def test_the_train_transform_is_the_chapters():
         assert torch.equal(ours.normalize(pixels[None])[0], expected)
 
 
+def test_without_flips_a_crop_is_never_mirrored():
+    image = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (256, 1, 3)))
+    mirrored = {
+        flip: [
+            pixels[0, 0, -1] < pixels[0, 0, 0]
+            for seed in range(12)
+            for pixels in [transforms.train_transform(CHAPTER_CONFIG, 32, 0.5, flip).pixels(image, seed)]
+        ]
+        for flip in (True, False)
+    }
+    assert any(mirrored[True]) and not any(mirrored[False])
+
+
 @pytest.fixture
 def dataset(folder):
     config = CHAPTER_CONFIG | {"input_size": (3, 32, 32)}

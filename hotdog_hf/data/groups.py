@@ -10,7 +10,6 @@ import imagehash
 import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
-from sklearn.model_selection import StratifiedGroupKFold
 
 from hotdog_hf.data import check
 from hotdog_hf.data.images import decode_image
@@ -88,6 +87,8 @@ def content_folds(labels: np.ndarray, groups: np.ndarray, most: int, seed: int) 
     As many folds as the smallest class has groups, up to `most`. None if a class has a single group, so that
     some fold would leave nothing of it to learn.
     """
+    from sklearn.model_selection import StratifiedGroupKFold  # slow to import
+
     fewest = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
     fold_of = np.zeros(len(labels), np.int64)
     if fewest >= 2:
