@@ -132,11 +132,11 @@ def cross_validate(
     paths, losses = [], []
     for fold in range(fold_of.max() + 1):
         learned, held_back = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
-        everything = np.concatenate([each[learned] for each in (features, *views)]).astype(np.float64)
+        everything = np.concatenate([each[learned] for each in (features, *views)])
         targets = np.tile(labels[learned], 1 + len(views))
-        paths.append(_fit_path(everything, targets, prior_of, weights, len(learned), strengths))
-        own = labels[held_back]
-        outputs = [layer.logits(features[held_back]) for layer in paths[-1]]
+        path = _Path(everything, targets, prior_of, weights, len(learned), solver.ROUGH)
+        paths.append([path.layer(strength) for strength in strengths])
+        own, outputs = labels[held_back], [layer.logits(features[held_back]) for layer in paths[-1]]
         losses.append([float(weights[own] @ log_losses(logits, own)) for logits in outputs])
     log_probabilities, layers = np.zeros((len(labels), len(weights))), []
     for fold, path in enumerate(paths):
