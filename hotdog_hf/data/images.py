@@ -201,7 +201,7 @@ def resize_and_crop(image: Photo | Image.Image, data_config: dict) -> np.ndarray
 
 
 def resized_and_cropped(image: Photo | Image.Image, data_config: dict) -> Image.Image:
-    """Return the image as a network sees it; a large JPEG is decoded by `reduced` before it is resized."""
+    """Return the image as a network sees it; a large JPEG is decoded at a reduced size."""
     height, width = data_config["input_size"][-2:]
     mode = data_config.get("crop_mode") or "center"
     interpolation = str(data_config["interpolation"]).upper()
