@@ -77,7 +77,7 @@ def test_the_script_writes_one_page_that_needs_no_other_file(two, tmp_path):
     script = ("python", ROOT / "scripts/compare.py", *two)
     done = run(*script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "of 40 test photos are predicted right by some runs only" in done.stdout
+    assert "of 40 test photos are classified correctly by only some of the runs" in done.stdout
     written = json.loads((tmp_path / "compare/compare.json").read_text())
     assert written["against"] == two[0] and list(written["paired"]) == [two[1]]
     assert written["knobs"] == {"learning_rate": [0.1, 0.2]}

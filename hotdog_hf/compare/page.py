@@ -55,7 +55,9 @@ def describe(runs: Sequence[Run]) -> str:
             line += f"  {gain:+.3f} ({low:+.3f} to {high:+.3f}), p = {pair['p_value']:.3f}"
         lines.append(line)
     differing = len(differing_photos(runs))
-    lines.append(f"{differing} of {len(runs[0].files)} test photos are predicted right by some runs only")
+    lines.append(
+        f"{differing} of {len(runs[0].files)} test photos are classified correctly by only some of the runs"
+    )
     return "\n".join(lines)
 
 
