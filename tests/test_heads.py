@@ -18,7 +18,8 @@ from test_scripts import metrics_of
 from hotdog_hf.data import loaders, transforms
 from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError
-from hotdog_hf.model import heads, network, regression, solver
+from hotdog_hf.model import calibration, heads, network, regression, solver
+from hotdog_hf.model.regression import fit_with_held_out
 from hotdog_hf.model.saved import load_model
 from hotdog_hf.model.source import create_source, source_data_config
 
@@ -296,6 +297,19 @@ def test_folds_divide_groups_and_end_when_enough_is_held_back(enough, groups, fo
         if groups is not None:
             assert not set(groups[learned]) & set(groups[held_back])
     assert solver.stratified_folds(labels, labels, 5, seed=0) == []  # all photos of a class are copies
+
+
+@pytest.mark.parametrize(
+    "fit", [heads.probe_with_held_out, functools.partial(fit_with_held_out, prior_of=lambda *_: None)]
+)
+def test_photos_that_no_fold_held_back_take_no_part_in_the_calibration(fit, monkeypatch):
+    monkeypatch.setattr(solver, "ENOUGH_HELD_BACK", 20)
+    features, labels = features_of(2)
+    _, logits = fit(features=features, labels=labels, seed=0)
+    _, held_back = zip(*solver.stratified_folds(labels, None, 5, seed=0), strict=True)
+    found = calibration.from_folds(logits, labels)
+    assert len(held_back) == 3 and len(found.labels) == 24
+    assert np.array_equal(found.labels, labels[np.sort(np.concatenate(held_back))])
 
 
 def test_views_are_learned_from():

@@ -32,6 +32,12 @@ class HeldOut(NamedTuple):
     source: str
 
 
+def from_folds(logits: np.ndarray, labels: np.ndarray) -> HeldOut:
+    """Return the photos that a fold held back: of very many, the logits [N, classes] of others are NaN."""
+    known = ~np.isnan(logits).any(axis=1)
+    return HeldOut(logits[known], labels[known], "out-of-fold")
+
+
 def calibrate(held_out: HeldOut, rescale: bool, class_weights: np.ndarray | None = None) -> dict:
     """Return what config.json keeps: the temperature, the log-loss before and after, and the scores of sets.
 

@@ -127,7 +127,8 @@ def probe_with_held_out(
     and the penalty is `regression.UNTESTED_STRENGTH`. `balanced` weights the photos, in the loss and in the
     cross-validation, so that every class counts the same.
 
-    Also returns the logits [N, classes] of each photo by the layer that did not learn it; None without folds.
+    Also returns the logits [N, classes] of each photo by the layer that did not learn it, NaN of photos that
+    no fold held back; None without folds.
     """
     weights = class_weights(np.bincount(labels)) if balanced else np.ones(labels.max() + 1)
     folds = solver.stratified_folds(labels, groups, PROBE_FOLDS, seed)
@@ -187,7 +188,7 @@ def _choose_strength(
     losses, starts = [], []
     with tqdm(total=len(PROBE_STRENGTHS), desc="probe", leave=False, disable=None) as bar:
         for strength in PROBE_STRENGTHS:
-            loss, held_logits = 0.0, np.empty((num_photos, len(weights)), np.float32)
+            loss, held_logits = 0.0, np.full((num_photos, len(weights)), np.nan, np.float32)
             for number, (problem, (_, held_back)) in enumerate(zip(problems, folds, strict=True)):
                 penalty = _mean_penalty(strength, len(problem.labels), len(weights))
                 solutions[number] = problem.solve(penalty, solutions[number])

@@ -76,7 +76,8 @@ def fit_with_held_out(
     in stratified cross-validation, which scores a photo only by layers that learned no view of it, nor of
     another of the same of `groups` [N], which number photos that show the same.
 
-    Also returns the logits [N, classes] of each photo by layers that did not learn it; None without folds.
+    Also returns the logits [N, classes] of each photo by layers that did not learn it, NaN of photos that no
+    fold held back; None without folds.
     """
     count = len(labels)
     everything, targets = np.concatenate([features, *views]), np.tile(labels, 1 + len(views))
@@ -95,7 +96,7 @@ def fit_with_held_out(
     strengths = [strength for strength in STRENGTHS if strength * count >= WEAKEST_TOTAL]
     for strength in tqdm(strengths, "probe", leave=False, disable=None):
         layers = [path.layer(strength) for path in paths]
-        held_logits.append(np.empty((count, len(weights)), np.float32))
+        held_logits.append(np.full((count, len(weights)), np.nan, np.float32))
         losses.append(0.0)
         for layer, (_, held) in zip(layers, folds, strict=True):
             logits = layer.logits(features[held])

@@ -164,7 +164,7 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
         fit = functools.partial(fit, source_head, source_classes, balanced)
         logits = launch.run_on_main(accelerator, fit, share=False)
         if logits is not None:
-            held_out = calibration.HeldOut(logits, split_features["train"].labels, "out-of-fold")
+            held_out = calibration.from_folds(logits, split_features["train"].labels)
         sharding.broadcast_state(net.get_classifier())
     trainable = net.get_classifier() if config.model.cache_features else net
     license = choose_license(config.hub.license, source_license)
