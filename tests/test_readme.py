@@ -136,7 +136,7 @@ def tiny(words, photos_dir, tiny_weights, run_dir):
         words += ["--model", TINY_MODEL]
     if "--weights" not in words and "scratch" not in words:
         words += ["--weights", str(tiny_weights)]
-    if "--epochs" not in words:
+    if "--epochs" not in words and "best" not in words:  # which chooses them
         words += ["--epochs", "1"]
     if "--output-dir" in words:
         words[words.index("--output-dir") + 1] = str(run_dir)

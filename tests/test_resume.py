@@ -181,7 +181,7 @@ def test_a_whole_run_is_killed_before_changes_of_the_disk(
             run_config = dataclasses.replace(job.config.run, output_dir=str(run_dir), resume=resume)
             ready = dataclasses.replace(job, config=dataclasses.replace(job.config, run=run_config))
             with monkeypatch.context() as patch, faults.before(number, faults.exit) as changes:
-                patch.setattr(loop, "build", lambda config, accelerator: ready)
+                patch.setattr(loop, "build", lambda *_: ready)
                 loop.train(ready.config, job.accelerator, SimpleNamespace(number=0))
             (tmp_path / "changes").write_text("\n".join(changes))
 

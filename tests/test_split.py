@@ -23,14 +23,14 @@ def names(made):
 
 
 def test_every_photo_goes_to_one_side_and_a_copy_goes_with_its_original(pictures, tmp_path):
-    (pictures / "cat/phone.heic").touch()
+    (pictures / "cat/phone.mov").touch()
     done = run("python", ROOT / "scripts/split.py", pictures, tmp_path / "photos", "--val-fraction", 0.2)
     assert done.returncode == 0, done.stderr
     assert (
-        f"left out: 1 files not named as images or outside <class>/*, first {pictures}/cat/phone"
+        f"left out: 1 files not named as images or outside <class>/*, first {pictures}/cat/phone.mov"
         in done.stdout
     )
-    (pictures / "cat/phone.heic").unlink()
+    (pictures / "cat/phone.mov").unlink()
     made = names(folder.find_photos(tmp_path / "photos"))
     for name in ("cat", "dog"):
         sides = [made[split][name] for split in ("train", "validation", "test")]
