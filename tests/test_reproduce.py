@@ -301,13 +301,16 @@ def test_recipes_are_compared_on_several_folders(photos, tiny_weights, tmp_path,
             assert re.search(row, part) and f"`{line['command']}`" in part
 
 
-def test_the_overall_table_counts_ranks_wins_and_points_behind():
+def test_the_overall_table_counts_ranks_wins_and_points_behind(monkeypatch):
+    names = ("chapter", "probe", "source-probe", "best")
+    monkeypatch.setattr(comparison, "COMPARED", names)
+
     def table(**accuracies):
         rows = [{"recipe": name, "accuracy": value, "loss": 1 - value} for name, value in accuracies.items()]
         rows.sort(key=lambda row: -row["accuracy"])
         return [row | {"rank": rank} for rank, row in enumerate(rows, start=1)]
 
-    unfinished, names = table(probe=0.75, best=1.0), plan.COMPARED
+    unfinished = table(probe=0.75, best=1.0)
     one = table(**dict(zip(names, (0.5, 0.75, 0.625, 1.0), strict=True)))
     two = table(**dict(zip(names, (0.25, 0.875, 0.5, 0.75), strict=True)))
     rows = {row["recipe"]: row for row in comparison.overall([one, two, unfinished])}

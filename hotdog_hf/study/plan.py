@@ -18,7 +18,7 @@ ARMS = {
     "light": ("light", "light fine-tuning from a probe"),
 }
 # The recipes that `compare` trains on every folder.
-COMPARED = ("chapter", "probe", "source-probe", "best")
+COMPARED = ("chapter", "probe", "source-probe", "light", "full", "best")
 # Exercise 1: the chapter's rate times these. Exercise 2: every pair of these factors and weight decays.
 RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 GRID_FACTORS, GRID_DECAYS = (0.3, 1.0, 3.0), (0.0001, 0.001, 0.01)
@@ -134,7 +134,7 @@ def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
         # Knobs that a recipe sets itself, or does not use.
         kept_out = {
             "weights": recipe == "scratch",
-            "source_class": recipe not in ("class-vector", "source-probe", "best"),
+            "source_class": recipe not in ("class-vector", "source-probe", "full", "best"),
             "epochs": recipe in ("probe", "source-probe", "best"),
         }
         shared = {key: value for key, value in common.items() if not kept_out.get(key)}
