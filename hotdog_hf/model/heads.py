@@ -144,7 +144,7 @@ def probe_with_held_out(
     targets = np.tile(labels, 1 + len(views))
     strength, start, held_out = _choose_strength(coordinates, targets, weights, len(labels), folds)
     penalty = _mean_penalty(strength, len(targets), len(weights))
-    for accuracy in (solver.ROUGH, solver.EXACT):
+    for accuracy in (solver.ROUGH, solver.FINE, solver.EXACT):
         start = _probe_problem(coordinates, targets, weights, accuracy).solve(penalty, start)
     coefficients, bias, _ = start
     weight = coefficients.T @ axes / deviation
