@@ -389,6 +389,7 @@ def test_the_class_vector_recipe_is_judged_before_its_first_step(tiny_weights, p
     assert speeds[2] == pytest.approx(speeds[1]) != speeds[0]  # not that of solving the head
     assert zero["learning_rate"] == 0 and one["learning_rate"] == pytest.approx(5e-4)
     assert zero == numbers_of(tmp_path / "zero")[0]
+    assert "share_of_limit" not in (tmp_path / "zero/metrics.jsonl").read_text(), "nothing was trained"
     assert_scores(zero, "test", scores_of(tmp_path / "zero", load_photos(photos_dir)["test"]))
     plain = create_source(TINY_MODEL, str(tiny_weights)).eval()
     net = load_model(tmp_path / "zero/model")

@@ -287,7 +287,8 @@ def finish(job: Job, run_dir: Path, evaluation: Evaluation, calibration: dict | 
             )
             card.write_card(run_dir, facts)
     # Last, once everything else is written: the GPU may have no room for a copy of the network.
-    if not config.model.cache_features and (limit := _seconds_at_the_limit(job)):
+    trains = config.optim.epochs and not config.model.cache_features
+    if trains and (limit := _seconds_at_the_limit(job)):
         final["share_of_limit"] = final["examples_per_second"] * limit
         if accelerator.is_main_process:
             with files.writing_to(run_dir):
