@@ -45,6 +45,19 @@ def fetch_file(repo: str, names: Sequence[str]) -> Path:
     raise UserError(f"{repo} on the Hub has none of {', '.join(names)}")
 
 
+def require_login(purpose: str) -> dict:
+    """Return who is logged in, as the Hub describes it; `UserError` without a login or a network."""
+    if huggingface_hub.get_token() is None:
+        raise UserError("not logged in to the Hub: run `hf auth login`, or set HF_TOKEN to a write token")
+    with hub_errors(purpose):
+        return huggingface_hub.whoami()
+
+
+def may_only_read(user: dict) -> bool:
+    """Return whether the token of `require_login` cannot write anything."""
+    return user.get("auth", {}).get("accessToken", {}).get("role") == "read"
+
+
 def check_can_push(repo: str, repo_type: str = "model") -> None:
     """Raise `UserError` if an upload would fail: a bad name, not logged in, no permission, no network."""
     api = huggingface_hub.HfApi()
@@ -52,9 +65,7 @@ def check_can_push(repo: str, repo_type: str = "model") -> None:
         huggingface_hub.utils.validate_repo_id(repo)
         if "/" not in repo:
             raise UserError(f"{repo!r} is not a Hub name: use the form user/name")
-        if huggingface_hub.get_token() is None:
-            raise UserError("not logged in to the Hub: run `hf auth login`, or set HF_TOKEN to a write token")
-        user = api.whoami()
+        user = require_login(repo)
         if api.repo_exists(repo, repo_type=repo_type):
             api.auth_check(repo, repo_type=repo_type, write=True)
             return
@@ -64,7 +75,7 @@ def check_can_push(repo: str, repo_type: str = "model") -> None:
         raise UserError(
             f"no permission to create {repo}: you are {user['name']}, who writes to {', '.join(owned)}"
         )
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    if may_only_read(user):
         raise UserError(f"no permission to create {repo}: the token of {user['name']} may only read")
 
 
@@ -127,6 +138,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else None
         reason = {
             401: "the token is not valid: run `hf auth login`",
+            402: "the Hub asks for credit or a payment method: see your billing settings there",
             403: "your token has no permission for this",
         }
         raise UserError(f"{repo}: {reason.get(status, f'the Hub returned {status}: {error}')}") from error

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -229,6 +229,9 @@ class Call:
 class LoopbackHub:
     """A Hub on a free port of 127.0.0.1 that serves from a thread for the length of a `with` block."""
 
+    # What it answers, and how; the first match wins.
+    routes: list[tuple[str, re.Pattern[str], Callable[[LoopbackHub, Call], Reply]]]
+
     def __init__(self, users: dict[str, str] | None = None, read_only: Iterable[str] = ()) -> None:
         self.users = {"hf_test_token": "tester"} if users is None else users
         self.read_only = frozenset(read_only)
@@ -293,7 +296,7 @@ class LoopbackHub:
         """Return the reply to one request."""
         path, _, query = target.partition("?")
         try:
-            handler, parts = _route(method, path)
+            handler, parts = _route(self.routes, method, path)
             # One lock for all state, so that a commit is seen as a whole or not at all.
             with self._lock:
                 user, may_write = self._authenticate(headers.get("Authorization"))
@@ -566,9 +569,14 @@ ROUTES: list[tuple[str, re.Pattern[str], Callable[[LoopbackHub, Call], Reply]]] 
 ]
 
 
-def _route(method: str, path: str) -> tuple[Callable[[LoopbackHub, Call], Reply], dict[str, str]]:
+LoopbackHub.routes = ROUTES
+
+
+def _route(
+    routes: list[tuple], method: str, path: str
+) -> tuple[Callable[[LoopbackHub, Call], Reply], dict[str, str]]:
     """Return the handler of a request and the named parts of its path."""
-    for routed, pattern, handler in ROUTES:
+    for routed, pattern, handler in routes:
         match = pattern.fullmatch(path)
         if match and routed == method.replace("HEAD", "GET"):
             # Unquoted only after the split: the clients send a slash inside a revision as %2F.
@@ -618,6 +626,9 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
     def _send(self, reply: Reply) -> None:
+        if isinstance(reply.body, Iterator):
+            self._stream(reply)
+            return
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body, default=str).encode()
         self.send_response(reply.status)
         for name, value in {"Content-Type": "application/json", **reply.headers}.items():
@@ -626,6 +637,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def _stream(self, reply: Reply) -> None:
+        """Send pieces of a body as they come; closing the connection ends it."""
+        self.close_connection = True
+        self.send_response(reply.status)
+        for name, value in {**reply.headers, "Connection": "close"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        for piece in reply.body:
+            self.wfile.write(piece)
+            self.wfile.flush()
 
     def log_message(self, format: str, *args: object) -> None:
         """Print nothing: `LoopbackHub.requests` is the log."""

@@ -48,6 +48,7 @@ NOT_RUN = {
     r"^make (quality|test|demo|report)": "the gate runs it",
     r"^make (train|reproduce)": "needs the network and hours: its script's commands are tested here",
     r"push\.py .* --space": "test_space.py pushes Spaces and starts them",
+    r"scripts/launch_job\.py": "needs a Hub that runs jobs: test_launch_job.py has one",
     r"scripts/app\.py": "serves until it is stopped: test_app.py uses it in a browser",
     r"^make app": "its script's command is understood",
     r"export\.py .* --web|^make web": "needs npm, or its download: test_web.py exports and opens a page",

@@ -1,1 +1,1 @@
-"""A model on its way to users: one ONNX file, a web page."""
+"""A model on its way to users (one ONNX file, a web page, an app), and a training on its way to the Hub."""
