@@ -131,6 +131,9 @@ class ModelConfig:
     source_class: tuple[str, ...] = ()
     # Train only the output layer: the body does not change, nor do its BatchNorm statistics.
     freeze_body: bool = False
+    # Share of the body's groups that is frozen, from the stem on and rounded up: 0.5 of resnet18's five
+    # are the stem, layer1 and layer2. What is left trains faster.
+    frozen_share: float = 0.0
     # Pass each photo through the frozen body once and cache its features; needs --augmentation none.
     cache_features: bool = False
     # BatchNorm layers of the body in training: normalise by the batch and update the running statistics, or
@@ -143,6 +146,13 @@ class ModelConfig:
             "--cache-features",
             self.cache_features,
             "needs a body that does not change: add --freeze-body",
+        )
+        _require_each(self, "frozen_share", lambda share: 0 <= share < 1, "must be from 0 up to 1")
+        _require(
+            not (self.freeze_body and self.frozen_share),
+            "--frozen-share",
+            self.frozen_share,
+            "is less than --freeze-body freezes: give one of the two",
         )
         given = self.source_class
         _require(
@@ -236,6 +246,8 @@ class RunConfig:
     # Which epoch's model is saved: the last, or the one with the lowest validation loss (among those at least
     # as accurate as a fitted head was at the start).
     keep: Literal["last", "best"] = "last"
+    # Evaluate after every epoch, or only the trained model at the end, which saves time.
+    evaluate: Literal["epoch", "end"] = "epoch"
     # Divide the saved output layer by a temperature that makes its probabilities honest, if there are photos
     # to fit it to: those of validation, or those that the folds of a probe leave out. Labels stay the same.
     calibrate: bool = True
@@ -263,6 +275,12 @@ class RunConfig:
         # numpy takes no larger one.
         _require_each(self, "seed", lambda number: 0 <= number < 2**32, "must be from 0 to 4294967295")
         _require_each(self, "minutes", lambda minutes: 0 < minutes < math.inf, "must be above 0")
+        _require(
+            not (self.keep == "best" and self.evaluate == "end"),
+            "--evaluate",
+            self.evaluate,
+            "does not tell which epoch is best: add --keep last",
+        )
         every = self.checkpoint_every
         _require(every == "epoch" or every >= 1, "--checkpoint-every", every, 'must be 1 or more, or "epoch"')
 
@@ -290,8 +308,9 @@ class TrainConfig:
     # Named set of defaults. "chapter" fine-tunes a pretrained network, "scratch" trains the same network from
     # random weights, "frozen" trains only the output layer, "class-vector" fine-tunes from the source
     # classifier's own rows, "probe" fits the output layer by a regression and stops, "source-probe" does the
-    # same around what the source says of these classes, "light" fine-tunes from a probe at a small rate,
-    # "full" from a source-probe at a large one, "best" tries these on parts of train and takes the best.
+    # same around what the source says of these classes, "light" fine-tunes the upper half of the body from
+    # there at a small rate, "full" all of it at a large one, "best" tries these on parts of train and takes
+    # the best.
     recipe: Literal[
         "chapter", "scratch", "frozen", "class-vector", "probe", "source-probe", "light", "full", "best"
     ] = "chapter"
@@ -375,8 +394,8 @@ RECIPES: dict[str, TrainConfig] = {
     ),
     "light": TrainConfig(
         recipe="light",
-        data=DataConfig(min_crop_area=0.25, val_fraction=0.1),
-        model=ModelConfig(head_init="probe", probe_views=4, batch_norm="source"),
+        data=DataConfig(preprocessing="model", min_crop_area=0.25),
+        model=ModelConfig(head_init="source-probe", probe_views=1, frozen_share=0.5, batch_norm="source"),
         optim=OptimConfig(
             epochs=6,
             batch_size=32,
@@ -389,7 +408,6 @@ RECIPES: dict[str, TrainConfig] = {
             warmup_fraction=0.1,
             ema_decay=0.95,
         ),
-        run=RunConfig(keep="best"),
     ),
     "full": TrainConfig(
         recipe="full",
@@ -413,6 +431,7 @@ RECIPES: dict[str, TrainConfig] = {
         recipe="best",
         data=DataConfig(preprocessing="model"),
         model=ModelConfig(head_init="source-probe"),
+        run=RunConfig(evaluate="end"),
     ),
 }
 

@@ -239,14 +239,14 @@ def held_bytes(device):
 
 
 def test_ten_epochs_take_the_memory_of_two(device, tiny_weights, photos_dir, tmp_path, monkeypatch):
-    held, evaluate_epoch = [], loop.evaluate_epoch
+    held, end_epoch = [], loop.end_epoch
 
     def noting(*args):
-        evaluation = evaluate_epoch(*args)
+        evaluation = end_epoch(*args)
         held.append(held_bytes(device))
         return evaluation
 
-    monkeypatch.setattr(loop, "evaluate_epoch", noting)
+    monkeypatch.setattr(loop, "end_epoch", noting)
     monkeypatch.setattr("hotdog_hf.training.plots.plot_curves", lambda *_: None)  # takes most of the time
     flags = ("--epochs", 10, "--optimizer", "adamw", "--ema-decay", 0.9)
     train_on(device, tiny_weights, photos_dir, tmp_path / "run", *flags)

@@ -16,10 +16,11 @@ from test_resume import numbers_of, train_here
 from test_scripts import metrics_of
 
 from hotdog_hf.data import loaders, transforms
+from hotdog_hf.data.groups import stratified_folds
 from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import calibration, heads, network, regression, solver
-from hotdog_hf.model.regression import fit_with_held_out
+from hotdog_hf.model.regression import fit_regression
 from hotdog_hf.model.saved import load_model
 from hotdog_hf.model.source import create_source, source_data_config
 
@@ -224,7 +225,7 @@ def features_of(classes, photos=20, size=6):
 @pytest.mark.parametrize("classes", [2, 3, 12])
 def test_a_probe_is_the_logistic_regression_of_the_lowest_log_loss_in_cross_validation(classes):
     features, labels = features_of(classes)
-    weight, bias = heads.probe_head(features, labels, seed=5)
+    weight, bias = heads.fit_probe(features, labels, seed=5)[0]
     assert weight.shape == (classes, 6) and bias.shape == (classes,)
 
     def regression(strength):
@@ -247,7 +248,7 @@ def test_a_probe_is_the_logistic_regression_of_the_lowest_log_loss_in_cross_vali
 
 def test_the_same_seed_gives_the_same_probe():
     features, labels = features_of(3)
-    (weight, bias), again = heads.probe_head(features, labels, 7), heads.probe_head(features, labels, 7)
+    (weight, bias), again = heads.fit_probe(features, labels, 7)[0], heads.fit_probe(features, labels, 7)[0]
     assert np.array_equal(weight, again[0]) and np.array_equal(bias, again[1])
 
 
@@ -256,7 +257,7 @@ def test_views_of_a_photo_that_is_judged_are_not_learned():
     random = np.random.default_rng(0)
     features, labels = random.normal(size=(40, 60)).astype(np.float32), np.arange(40) % 2
     views = [features + random.normal(scale=0.01, size=features.shape) for _ in range(3)]
-    weight, bias = heads.probe_head(features, labels, 0, views)
+    weight, bias = heads.fit_probe(features, labels, 0, views)[0]
     probabilities = torch.as_tensor(features @ weight.T + bias).softmax(dim=1)
     assert (probabilities - 0.5).abs().max() < 0.1
 
@@ -287,26 +288,25 @@ def test_copies_of_a_photo_that_is_held_back_are_not_learned(source, photos_dir,
     ("enough", "groups", "folds"),
     [(8, None, 1), (31, None, 4), (100, None, 5), (100, np.arange(40) // 2, 5)],
 )
-def test_folds_divide_groups_and_end_when_enough_is_held_back(enough, groups, folds, monkeypatch):
-    monkeypatch.setattr(solver, "ENOUGH_HELD_BACK", enough)
+def test_folds_divide_groups_and_end_when_enough_is_held_back(enough, groups, folds):
     labels = np.repeat([0, 1], 20)
-    split = solver.stratified_folds(labels, groups, 5, seed=0)
+    split = stratified_folds(labels, groups, 5, 0, enough)
     assert len(split) == folds
     for learned, held_back in split:
         assert sorted([*learned, *held_back]) == list(range(40)) and len(held_back) == 8
         if groups is not None:
             assert not set(groups[learned]) & set(groups[held_back])
-    assert solver.stratified_folds(labels, labels, 5, seed=0) == []  # all photos of a class are copies
+    assert stratified_folds(labels, labels, 5, 0) == []  # all photos of a class are copies
 
 
 @pytest.mark.parametrize(
-    "fit", [heads.probe_with_held_out, functools.partial(fit_with_held_out, prior_of=lambda *_: None)]
+    "fit", [heads.fit_probe, functools.partial(fit_regression, prior_of=lambda *_: None)]
 )
 def test_photos_that_no_fold_held_back_take_no_part_in_the_calibration(fit, monkeypatch):
     monkeypatch.setattr(solver, "ENOUGH_HELD_BACK", 20)
     features, labels = features_of(2)
     _, logits = fit(features=features, labels=labels, seed=0)
-    _, held_back = zip(*solver.stratified_folds(labels, None, 5, seed=0), strict=True)
+    _, held_back = zip(*stratified_folds(labels, None, 5, 0, solver.ENOUGH_HELD_BACK), strict=True)
     found = calibration.from_folds(logits, labels)
     assert len(held_back) == 3 and len(found.labels) == 24
     assert np.array_equal(found.labels, labels[np.sort(np.concatenate(held_back))])
@@ -314,7 +314,7 @@ def test_photos_that_no_fold_held_back_take_no_part_in_the_calibration(fit, monk
 
 def test_views_are_learned_from():
     features, labels = features_of(2)
-    weight, bias = heads.probe_head(np.zeros_like(features), labels, 0, [features])
+    weight, bias = heads.fit_probe(np.zeros_like(features), labels, 0, [features])[0]
     answers = (features @ weight.T + bias).argmax(axis=1)
     assert (answers == labels).mean() > 0.8
 
@@ -325,7 +325,7 @@ def test_a_probe_takes_classes_of_two_photos_and_of_one(photos_of_the_last):
     features, labels = features_of(3)
     features /= features.std(axis=0)
     few = np.r_[0:20, 20:40, 40 : 40 + photos_of_the_last]
-    weight, bias = heads.probe_head(features[few], labels[few], seed=0)
+    weight, bias = heads.fit_probe(features[few], labels[few], seed=0)[0]
     assert np.isfinite(weight).all() and np.isfinite(bias).all()
     answers = (features @ weight.T + bias).argmax(axis=1)
     assert (answers == labels)[:40].mean() > 0.6
@@ -336,7 +336,7 @@ def test_balanced_classes_count_the_same_in_a_probe():
     few = np.r_[0:100, 100:110]
 
     def recall(balanced):
-        weight, bias = heads.probe_head(features[few], labels[few], 0, balanced=balanced)
+        weight, bias = heads.fit_probe(features[few], labels[few], 0, balanced=balanced)[0]
         return ((features @ weight.T + bias).argmax(axis=1) == 1)[110:].mean()
 
     assert recall(True) > recall(False) + 0.1
@@ -345,7 +345,7 @@ def test_balanced_classes_count_the_same_in_a_probe():
 def test_a_feature_that_is_the_same_on_every_photo_takes_no_part():
     features, labels = features_of(2)
     features[:, 3] = 0.1
-    weight, bias = heads.probe_head(features, labels, seed=0)
+    weight, bias = heads.fit_probe(features, labels, seed=0)[0]
     assert np.isfinite(weight).all() and np.isfinite(bias).all() and not weight[:, 3].any()
 
 
@@ -434,7 +434,7 @@ def test_the_source_probe_starts_from_the_classes_it_names(tiny_weights, photos_
         with torch.no_grad():
             features = net.forward_head(net.forward_features(images), pre_logits=True).numpy()
         prior_of = functools.partial(heads.source_prior, source.get_classifier(), sources)
-        expected = regression.fit_regression(features, labels.numpy(), prior_of, seed=0)
+        expected = regression.fit_regression(features, labels.numpy(), prior_of, seed=0)[0]
         ours = net.get_classifier().weight.detach().numpy()
         np.testing.assert_allclose(ours, expected.weight, rtol=1e-2, atol=1e-4)
 

@@ -13,7 +13,6 @@ from hotdog_hf.data import check, divide, groups, labels, splits
 from hotdog_hf.data.loaders import FeatureDataset, PhotoDataset
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import heads
-from hotdog_hf.model.solver import stratified_folds
 
 
 @pytest.fixture
@@ -126,7 +125,7 @@ def test_groups_stay_on_one_side_of_a_cut_and_of_a_fold(photos, tmp_path):
     train = splits.load_splits(photos, labels=table)["train"]
     number = PhotoDataset(train, None).groups
     assert [number[i] == number[i + 4] for i in (0, 3, 8, 11)] == [True] * 4 and len(set(number)) == 8
-    for learned, held_out in stratified_folds(np.asarray(train["label"][:]), number, 5, seed=0):
+    for learned, held_out in groups.stratified_folds(np.asarray(train["label"][:]), number, 5, seed=0):
         assert not {*number[learned]} & {*number[held_out]}
     one = write(tmp_path / "one.csv", [[*row[:2], row[1]] for row in rows], ("path", "label", "group"))
     train = splits.load_splits(photos, labels=one)["train"]

@@ -23,7 +23,7 @@ def softmax(logits):
 def test_without_a_prior_it_is_scikit_learns_on_centred_features_of_one_scale(classes, monkeypatch):
     monkeypatch.setattr(regression, "STRENGTHS", (0.01,))
     features, labels = features_of(classes)
-    layer = fit_regression(features, labels, no_prior, seed=0)
+    layer = fit_regression(features, labels, no_prior, seed=0)[0]
     centred = features.astype(float) - features.mean(axis=0, dtype=float)
     centred /= np.sqrt((centred**2).mean())
     # Of two classes scikit-learn fits one difference of logits, whose penalty is half of that of both.
@@ -72,8 +72,8 @@ def noise_with_one_good_feature(photos):
 @pytest.mark.parametrize("photos", [2, 4, 10, 20])
 def test_few_photos_keep_what_the_prior_knows(photos):
     features, labels = noise_with_one_good_feature(500)
-    with_prior = fit_regression(features[:photos], labels[:photos], hidden_prior(features, 2), seed=0)
-    alone = fit_regression(features[:photos], labels[:photos], no_prior, seed=0)
+    with_prior = fit_regression(features[:photos], labels[:photos], hidden_prior(features, 2), seed=0)[0]
+    alone = fit_regression(features[:photos], labels[:photos], no_prior, seed=0)[0]
 
     def accuracy(layer):
         return (layer.logits(features[photos:]).argmax(axis=1) == labels[photos:]).mean()
@@ -83,7 +83,7 @@ def test_few_photos_keep_what_the_prior_knows(photos):
 
 def test_many_photos_overrule_a_prior_that_is_wrong():
     features, labels = noise_with_one_good_feature(500)
-    layer = fit_regression(features[:300], labels[:300], hidden_prior(features, 2, right=False), seed=0)
+    layer = fit_regression(features[:300], labels[:300], hidden_prior(features, 2, right=False), seed=0)[0]
     assert (layer.logits(features[300:]).argmax(axis=1) == labels[300:]).mean() > 0.85
 
 
@@ -107,19 +107,19 @@ def test_views_of_a_photo_that_is_held_back_are_not_learned():
     random = np.random.default_rng(0)
     features, labels = random.normal(size=(40, 60)).astype(np.float32), np.arange(40) % 2
     views = [features + random.normal(scale=0.01, size=features.shape) for _ in range(3)]
-    layer = fit_regression(features, labels, no_prior, 0, views)
+    layer = fit_regression(features, labels, no_prior, 0, views)[0]
     assert np.abs(softmax(layer.logits(features)) - 0.5).max() < 0.2
 
 
 def test_views_are_learned_from():
     features, labels = features_of(2)
-    layer = fit_regression(np.zeros_like(features), labels, no_prior, 0, [features])
+    layer = fit_regression(np.zeros_like(features), labels, no_prior, 0, [features])[0]
     assert (layer.logits(features).argmax(axis=1) == labels).mean() > 0.6
 
 
 def test_the_same_seed_gives_the_same_layer():
     features, labels = features_of(3)
-    one, two = (fit_regression(features, labels, no_prior, 7) for _ in range(2))
+    one, two = (fit_regression(features, labels, no_prior, 7)[0] for _ in range(2))
     assert np.array_equal(one.weight, two.weight) and np.array_equal(one.bias, two.bias)
 
 
@@ -128,7 +128,7 @@ def test_class_weights_let_a_rare_class_count():
     few = np.r_[0:100, 100:110]
 
     def recall(weights):
-        layer = fit_regression(features[few], labels[few], no_prior, 0, class_weights=weights)
+        layer = fit_regression(features[few], labels[few], no_prior, 0, class_weights=weights)[0]
         return (layer.logits(features[110:]).argmax(axis=1) == 1).mean()
 
     assert recall(np.array([110 / 200, 110 / 20])) > recall(None) + 0.1

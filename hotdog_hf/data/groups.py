@@ -1,6 +1,7 @@
 """Which photos belong together: copies and near duplicates, which no cut of a data set may separate."""
 
 import collections
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,23 +82,31 @@ def _hash_image(image: dict) -> str:
         return ""
 
 
-def content_folds(labels: np.ndarray, groups: np.ndarray, most: int, seed: int) -> np.ndarray | None:
-    """Return the fold of each photo, int64 [N], with every group in one fold and the classes spread evenly.
+def stratified_folds(
+    labels: np.ndarray, groups: np.ndarray | None, most: int, seed: int, enough: float = math.inf
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return (learned, held-back) indices of folds with the classes spread evenly, every group in one fold.
 
-    As many folds as the smallest class has groups, up to `most`. None if a class has a single group, so that
-    some fold would leave nothing of it to learn.
+    As many folds as the smallest class has groups, up to `most`; of very many photos only as many folds as
+    hold back `enough` photos. None if some fold would leave nothing of a class to learn. `groups` [N] number
+    photos that stay together, such as copies; None: every photo is alone.
     """
-    from sklearn.model_selection import StratifiedGroupKFold  # slow to import
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # a second to import
 
-    fewest = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
-    fold_of = np.zeros(len(labels), np.int64)
-    if fewest >= 2:
-        folds = StratifiedGroupKFold(min(most, fewest), shuffle=True, random_state=seed)
-        for fold, (_, held_back) in enumerate(folds.split(labels, labels, groups)):
-            fold_of[held_back] = fold
+    together = groups is not None and len(np.unique(groups)) < len(groups)
+    classes = np.unique(labels)
+    sizes = [len(np.unique(groups[labels == label])) for label in classes] if together else None
+    number = min(most, *(sizes or np.bincount(labels)[classes].tolist()))
+    if number < 2:
+        return []
+    splitter = StratifiedGroupKFold if together else StratifiedKFold
+    folds = splitter(number, shuffle=True, random_state=seed)
+    folds = list(folds.split(labels, labels, groups if together else None))
     # A group with photos of several classes may take the last of a class along.
-    learned = [np.unique(labels[fold_of != fold]) for fold in range(fold_of.max() + 1)]
-    return fold_of if min(map(len, learned)) == len(np.unique(labels)) else None
+    if any(len(np.unique(labels[learned])) < len(classes) for learned, _ in folds):
+        return []
+    held_back = np.cumsum([len(held) for _, held in folds])
+    return folds[: 1 + int(np.searchsorted(held_back, enough))]
 
 
 def hold_back(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray | None:

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import scipy.special
@@ -10,11 +10,11 @@ import timm.data
 import torch
 from tqdm import tqdm
 
-from hotdog_hf.data.groups import content_groups, merge_groups
+from hotdog_hf.data.groups import content_groups, merge_groups, stratified_folds
 from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import solver
-from hotdog_hf.model.regression import Layer, Prior, fit_with_held_out
+from hotdog_hf.model.regression import Layer, Prior, fit_regression
 
 # Rows of the source's output layer that stand for one of our classes; None: all those of no other class.
 SourceClasses = tuple[int, ...] | None
@@ -47,12 +47,12 @@ def fit_head(
     crops, seed = [view.features.numpy() for view in views], split_features.seed
     if head_init == "probe":
         groups = groups_of(split_features)
-        layer, held_out = probe_with_held_out(features, labels, seed, crops, balanced, groups)
+        layer, held_out = fit_probe(features, labels, seed, crops, balanced, groups)
     elif head_init == "source-probe":
         prior_of = functools.partial(source_prior, source_head, sources)
         weights = class_weights(np.bincount(labels)) if balanced else None
         groups = groups_of(split_features)
-        layer, held_out = fit_with_held_out(features, labels, prior_of, seed, crops, weights, groups)
+        layer, held_out = fit_regression(features, labels, prior_of, seed, crops, weights, groups)
     elif sources is None:
         layer = similar_head(source_head, features, labels)
     else:
@@ -97,19 +97,7 @@ def set_head(net: torch.nn.Module, weight: np.ndarray, bias: np.ndarray) -> None
         head.bias.copy_(torch.as_tensor(bias))
 
 
-def probe_head(
-    features: np.ndarray,
-    labels: np.ndarray,
-    seed: int,
-    views: Sequence[np.ndarray] = (),
-    balanced: bool = False,
-    groups: np.ndarray | None = None,
-) -> Layer:
-    """Return the layer of `probe_with_held_out`."""
-    return probe_with_held_out(features, labels, seed, views, balanced, groups)[0]
-
-
-def probe_with_held_out(
+def fit_probe(
     features: np.ndarray,
     labels: np.ndarray,
     seed: int,
@@ -131,9 +119,9 @@ def probe_with_held_out(
     no fold held back; None without folds.
     """
     weights = class_weights(np.bincount(labels)) if balanced else np.ones(labels.max() + 1)
-    folds = solver.stratified_folds(labels, groups, PROBE_FOLDS, seed)
+    folds = stratified_folds(labels, groups, PROBE_FOLDS, seed, solver.ENOUGH_HELD_BACK)
     if not folds:
-        return fit_with_held_out(features, labels, lambda *_: None, seed, views, weights, groups)
+        return fit_regression(features, labels, lambda *_: None, seed, views, weights, groups)
     everything = np.concatenate([features, *views])
     mean, deviation = everything.mean(axis=0, dtype=np.float64), everything.std(axis=0, dtype=np.float64)
     # Features that are the same on all photos, but for rounding, take no part.
@@ -227,11 +215,11 @@ def class_vector_head(
     rows, biases = _layer_of(source_head)
     taken = [index for indices in sources for index in indices or ()]
     others = np.setdiff1d(np.arange(len(rows)), taken)
-    mean, chosen = features.mean(axis=0), []
-    for indices in sources:
-        indices = others if indices is None else np.array(indices)
-        chosen.append(_bound(rows[indices], biases[indices], mean))
-    return Layer(np.stack([weight for weight, _ in chosen]), np.array([bias for _, bias in chosen]))
+    chosen, mean = (
+        [others if indices is None else np.array(indices) for indices in sources],
+        features.mean(axis=0),
+    )
+    return _stack(_bound(rows[indices], biases[indices], mean) for indices in chosen)
 
 
 def similar_head(source_head: torch.nn.Linear, features: np.ndarray, labels: np.ndarray) -> Layer:
@@ -243,8 +231,7 @@ def similar_head(source_head: torch.nn.Linear, features: np.ndarray, labels: np.
     """
     rows, biases = _layer_of(source_head)
     means = [features[labels == label].mean(axis=0) for label in range(labels.max() + 1)]
-    chosen = [_bound(rows, biases, mean) for mean in means]
-    return Layer(np.stack([weight for weight, _ in chosen]), np.array([bias for _, bias in chosen]))
+    return _stack(_bound(rows, biases, mean) for mean in means)
 
 
 def source_prior(
@@ -267,6 +254,12 @@ def _layer_of(head: torch.nn.Linear) -> Layer:
     weight = head.weight.detach().cpu().numpy().astype(np.float64)
     bias = np.zeros(len(weight)) if head.bias is None else head.bias.detach().cpu().numpy().astype(np.float64)
     return Layer(weight, bias)
+
+
+def _stack(outputs: Iterable[tuple[np.ndarray, float]]) -> Layer:
+    """Return the layer of these outputs: a vector and a bias each."""
+    vectors, biases = zip(*outputs, strict=True)
+    return Layer(np.stack(vectors), np.array(biases))
 
 
 def _bound(rows: np.ndarray, biases: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, float]:

@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+import math
 
 import timm
 import torch
+from timm.models import group_parameters
 
 from hotdog_hf.errors import UserError
 
@@ -56,22 +58,38 @@ def replace_head(
     return source
 
 
+def depths(net: torch.nn.Module) -> dict[str, int]:
+    """Return the depth of every parameter of a timm model by name: 0 is the stem, the next 1, and so on."""
+    return group_parameters(net, net.group_matcher(coarse=True), reverse=True)
+
+
 def freeze_body(net: torch.nn.Module) -> None:
     """Make only the output layer trainable."""
     net.requires_grad_(False)
     net.get_classifier().requires_grad_(True)
 
 
+def freeze_lowest(net: torch.nn.Module, share: float) -> None:
+    """Make a share of the body's depths, from the stem on and rounded up, not trainable."""
+    head, depth_of = {id(parameter) for parameter in net.get_classifier().parameters()}, depths(net)
+    body = {name: parameter for name, parameter in net.named_parameters() if id(parameter) not in head}
+    found = sorted({depth_of[name] for name in body})
+    frozen = found[: math.ceil(share * len(found))]
+    for name, parameter in body.items():
+        parameter.requires_grad_(depth_of[name] not in frozen)
+
+
 def modules_in_eval_mode(net: torch.nn.Module, *, body: bool, batch_norm: bool) -> list[torch.nn.Module]:
-    """Return the modules to keep in evaluation mode: the whole body, its BatchNorm layers, or none.
+    """Return the modules to keep in evaluation mode: the whole body, or its BatchNorm layers.
 
     Such BatchNorm layers use the source's statistics and do not update them; their scales and shifts are
-    trained if the body is.
+    trained if they are not frozen. Frozen BatchNorm layers are always among them.
     """
     if body:
         return [net]  # a linear output layer is the same in both modes
     kinds = torch.nn.modules.batchnorm._BatchNorm
-    return [module for module in net.modules() if batch_norm and isinstance(module, kinds)]
+    layers = [module for module in net.modules() if isinstance(module, kinds)]
+    return [layer for layer in layers if batch_norm or (layer.affine and not layer.weight.requires_grad)]
 
 
 def to_meta(net: torch.nn.Module) -> torch.nn.Module:

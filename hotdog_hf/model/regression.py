@@ -7,8 +7,9 @@ import numpy as np
 import scipy.special
 from tqdm import tqdm
 
+from hotdog_hf.data.groups import stratified_folds
 from hotdog_hf.model import solver
-from hotdog_hf.model.solver import log_losses, rows_of_photos, stratified_folds
+from hotdog_hf.model.solver import log_losses
 
 FOLDS = 5
 # Strengths of the L2 penalty on centred features of unit mean square, for a mean loss; the strongest first.
@@ -37,6 +38,12 @@ class Layer(NamedTuple):
         return features @ self.weight.T + self.bias
 
 
+def average(layers: Sequence[Layer], shares: np.ndarray) -> Layer:
+    """Return the weighted sum of layers, whose shares [n] add up to 1."""
+    weights, biases = (np.stack(parts) for parts in zip(*layers, strict=True))
+    return Layer(np.tensordot(shares, weights, 1), shares @ biases)
+
+
 class Prior(NamedTuple):
     """What is known before the regression: a layer, and whether its biases mean something."""
 
@@ -44,23 +51,14 @@ class Prior(NamedTuple):
     calibrated: bool
 
 
+# Makes the prior from the features [n, D] and labels [n] that are learned.
+PriorOf = Callable[[np.ndarray, np.ndarray], Prior | None]
+
+
 def fit_regression(
     features: np.ndarray,
     labels: np.ndarray,
-    prior_of: Callable[[np.ndarray, np.ndarray], Prior | None],
-    seed: int,
-    views: Sequence[np.ndarray] = (),
-    class_weights: np.ndarray | None = None,
-    groups: np.ndarray | None = None,
-) -> Layer:
-    """Return the layer of `fit_with_held_out`."""
-    return fit_with_held_out(features, labels, prior_of, seed, views, class_weights, groups)[0]
-
-
-def fit_with_held_out(
-    features: np.ndarray,
-    labels: np.ndarray,
-    prior_of: Callable[[np.ndarray, np.ndarray], Prior | None],
+    prior_of: PriorOf,
     seed: int,
     views: Sequence[np.ndarray] = (),
     class_weights: np.ndarray | None = None,
@@ -79,79 +77,88 @@ def fit_with_held_out(
     Also returns the logits [N, classes] of each photo by layers that did not learn it, NaN of photos that no
     fold held back; None without folds.
     """
-    count = len(labels)
-    everything, targets = np.concatenate([features, *views]), np.tile(labels, 1 + len(views))
-    weights = np.ones(labels.max() + 1) if class_weights is None else class_weights
-    folds = stratified_folds(labels, groups, FOLDS, seed)
+    photos = _Photos(features, labels, views, class_weights, prior_of)
+    folds = stratified_folds(labels, groups, FOLDS, seed, solver.ENOUGH_HELD_BACK)
     if not folds:
-        path = _Path(everything, targets, prior_of, weights, count, solver.EXACT)
-        return path.layer(UNTESTED_STRENGTH), None
-    fitted = [rows_of_photos(learned, count, len(views)) for learned, _ in folds]
-    paths = [
-        _Path(everything[rows], targets[rows], prior_of, weights, len(rows) // (1 + len(views)), solver.ROUGH)
-        for rows in fitted
-    ]
-    losses: list[float] = []
-    held_logits: list[np.ndarray] = []
-    strengths = [strength for strength in STRENGTHS if strength * count >= WEAKEST_TOTAL]
-    for strength in tqdm(strengths, "probe", leave=False, disable=None):
-        layers = [path.layer(strength) for path in paths]
-        held_logits.append(np.full((count, len(weights)), np.nan, np.float32))
-        losses.append(0.0)
-        for layer, (_, held) in zip(layers, folds, strict=True):
-            logits = layer.logits(features[held])
-            held_logits[-1][held] = logits
-            losses[-1] += float(weights[labels[held]] @ log_losses(logits, labels[held]))
-        if losses[-1] > min(losses) + UNLIKELY:
-            break
-    shares = scipy.special.softmax(-np.array(losses))
-    path, weight, bias = _Path(everything, targets, prior_of, weights, count, solver.EXACT), 0.0, 0.0
-    for strength, share in zip(strengths, shares, strict=False):
-        if share > NEGLIGIBLE:
-            layer = path.layer(strength)
-            weight, bias = weight + share * layer.weight, bias + share * layer.bias
-    held_out = sum(share * logits for share, logits in zip(shares, held_logits, strict=True))
-    return Layer(weight, bias), held_out
+        return photos.path(np.arange(len(labels)), solver.EXACT).layer(UNTESTED_STRENGTH), None
+    layers, losses = photos.layers_of_folds(folds)
+    path = photos.path(np.arange(len(labels)), solver.EXACT)
+    shares = scipy.special.softmax(-losses.sum(axis=1))
+    used = [number for number, share in enumerate(shares) if share > NEGLIGIBLE]
+    layer = average([path.layer(STRENGTHS[number]) for number in used], shares[used])
+    held_out = np.full((len(labels), len(photos.weights)), np.nan, np.float32)
+    for number, (_, held_back) in enumerate(folds):
+        averaged = average([of_strength[number] for of_strength in layers], shares)
+        held_out[held_back] = averaged.logits(features[held_back])
+    return layer, held_out
 
 
 def cross_validate(
     features: np.ndarray,
     labels: np.ndarray,
-    prior_of: Callable[[np.ndarray, np.ndarray], Prior | None],
-    fold_of: np.ndarray,
+    prior_of: PriorOf,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
     views: Sequence[np.ndarray] = (),
     class_weights: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[Layer]]:
     """Return log-probabilities [N, classes] of photos by layers that learned no photo of their fold.
 
-    Also the layer of each fold, which learned the other folds. `fold_of` [N] numbers the folds from 0; every
-    class must be in the rest of every fold. The rest is as in `fit_regression`, but for a cheaper choice of
-    the strengths: those of a fold are weighted by the likelihood of the other folds.
+    Also the layer of each fold, which learned the other folds. `folds` are (learned, held-back) indices, and
+    hold back every photo. The rest is as in `fit_regression`, but for a cheaper choice of the strengths:
+    those of a fold are weighted by the likelihood of the other folds.
     """
-    weights = np.ones(labels.max() + 1) if class_weights is None else class_weights
-    strengths = [strength for strength in STRENGTHS if strength * len(labels) >= WEAKEST_TOTAL]
-    paths, losses = [], []
-    for fold in range(fold_of.max() + 1):
-        learned, held_back = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
-        everything = np.concatenate([each[learned] for each in (features, *views)])
-        targets = np.tile(labels[learned], 1 + len(views))
-        path = _Path(everything, targets, prior_of, weights, len(learned), solver.ROUGH)
-        paths.append([path.layer(strength) for strength in strengths])
-        own, outputs = labels[held_back], [layer.logits(features[held_back]) for layer in paths[-1]]
-        losses.append([float(weights[own] @ log_losses(logits, own)) for logits in outputs])
-    log_probabilities, layers = np.zeros((len(labels), len(weights))), []
-    for fold, path in enumerate(paths):
-        shares = scipy.special.softmax(np.array(losses[fold]) - np.sum(losses, axis=0))
-        layers.append(
-            Layer(
-                sum(share * layer.weight for share, layer in zip(shares, path, strict=True)),
-                sum(share * layer.bias for share, layer in zip(shares, path, strict=True)),
-            )
-        )
-        held_back = fold_of == fold
+    photos = _Photos(features, labels, views, class_weights, prior_of)
+    candidates, losses = photos.layers_of_folds(folds)
+    log_probabilities, layers = np.zeros((len(labels), len(photos.weights))), []
+    for number, (_, held_back) in enumerate(folds):
+        shares = scipy.special.softmax(losses[:, number] - losses.sum(axis=1))
+        layers.append(average([of_strength[number] for of_strength in candidates], shares))
         logits = layers[-1].logits(features[held_back])
         log_probabilities[held_back] = scipy.special.log_softmax(logits, axis=1)
     return log_probabilities, layers
+
+
+class _Photos:
+    """What a regression learns from: features and views of photos, their labels, and a prior."""
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        views: Sequence[np.ndarray],
+        class_weights: np.ndarray | None,
+        prior_of: PriorOf,
+    ):
+        self.features, self.labels, self.views, self.prior_of = features, labels, views, prior_of
+        self.weights = np.ones(labels.max() + 1) if class_weights is None else class_weights
+
+    def path(self, learned: np.ndarray, accuracy: solver.Accuracy) -> "_Path":
+        """Return the regression on some photos [n] and their views."""
+        everything = np.concatenate([each[learned] for each in (self.features, *self.views)])
+        targets = np.tile(self.labels[learned], 1 + len(self.views))
+        return _Path(everything, targets, self.prior_of, self.weights, len(learned), accuracy)
+
+    def layers_of_folds(
+        self, folds: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[list[list[Layer]], np.ndarray]:
+        """Return the layer of each strength and fold, and its log-loss on what the fold held back.
+
+        The losses [strengths, folds] are weighted sums over photos. Strengths that are far too weak are not
+        tried.
+        """
+        paths = [self.path(learned, solver.ROUGH) for learned, _ in folds]
+        strengths = [strength for strength in STRENGTHS if strength * len(self.labels) >= WEAKEST_TOTAL]
+        layers, losses = [], []
+        for strength in tqdm(strengths, "probe", leave=False, disable=None):
+            layers.append([path.layer(strength) for path in paths])
+            losses.append([])
+            for layer, (_, held_back) in zip(layers[-1], folds, strict=True):
+                own = self.labels[held_back]
+                photo_losses = log_losses(layer.logits(self.features[held_back]), own)
+                losses[-1].append(float(self.weights[own] @ photo_losses))
+            if sum(losses[-1]) > min(map(sum, losses)) + UNLIKELY:
+                break
+        return layers, np.array(losses)
 
 
 class _Path:
@@ -161,7 +168,7 @@ class _Path:
         self,
         features: np.ndarray,
         labels: np.ndarray,
-        prior_of: Callable[[np.ndarray, np.ndarray], Prior | None],
+        prior_of: PriorOf,
         class_weights: np.ndarray,
         num_photos: int,
         accuracy: solver.Accuracy,

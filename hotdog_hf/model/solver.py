@@ -170,34 +170,6 @@ def principal_axes(features: np.ndarray) -> np.ndarray:
     return axes[singular > SMALLEST_AXIS * max(singular.max(), 1e-300)]
 
 
-def stratified_folds(
-    labels: np.ndarray, groups: np.ndarray | None, most: int, seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (learned, held-back) indices of at most `most` folds; none if a class cannot be divided.
-
-    `groups` [N] are numbers of photos that stay together, such as copies; None: every photo is alone. Of very
-    many photos only as many folds are returned as hold back `ENOUGH_HELD_BACK`.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # a second to import
-
-    together = groups is not None and len(np.unique(groups)) < len(groups)
-    sizes = [len(np.unique(groups[labels == label])) for label in np.unique(labels)] if together else None
-    number = min(most, *(sizes or np.bincount(labels).tolist()))
-    if number < 2:
-        return []
-    splitter = StratifiedGroupKFold if together else StratifiedKFold
-    split = splitter(number, shuffle=True, random_state=seed).split(
-        labels, labels, groups if together else None
-    )
-    folds, held_back = [], 0
-    for learned, held in split:
-        folds.append((learned, held))
-        held_back += len(held)
-        if held_back >= ENOUGH_HELD_BACK:
-            break
-    return folds
-
-
 def rows_of_photos(photos: np.ndarray, num_photos: int, num_views: int) -> np.ndarray:
     """Return the rows of photos and of their views, where all photos come first, then all of every view."""
     return (np.arange(1 + num_views)[:, None] * num_photos + photos).ravel()

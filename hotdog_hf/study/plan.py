@@ -15,7 +15,7 @@ ARMS = {
     "frozen": ("frozen", "body frozen (exercise 3)"),
     "class-vector": ("class-vector", "from the source's class vector (exercise 4)"),
     "probe": ("probe", "fitted head, no training"),
-    "light": ("light", "light fine-tuning from a probe"),
+    "light": ("light", "light fine-tuning"),
 }
 # The recipes that `compare` trains on every folder.
 COMPARED = ("chapter", "probe", "source-probe", "light", "full", "best")
@@ -25,8 +25,8 @@ GRID_FACTORS, GRID_DECAYS = (0.3, 1.0, 3.0), (0.0001, 0.001, 0.01)
 # What else was tried for the recipe "light", each evaluated only on a validation split.
 VARIANTS: dict[str, dict] = {
     "light": {},
-    "probe without crops": {"probe_views": 0},
-    "head not solved": {"head_init": "xavier", "probe_views": 0, "head_lr_mult": 10.0},
+    "all of the body": {"frozen_share": 0.0},
+    "new head": {"head_init": "xavier", "probe_views": 0, "head_lr_mult": 10.0},
     "BatchNorm by the batch": {"batch_norm": "batch"},
     "SGD": {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 3e-4, "weight_decay": 1e-4},
     "a third of the rate": {"learning_rate": 1e-5},
@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict] = {
     "crops of 160 pixels": {"train_image_size": 160},
     "crops from 8 %": {"min_crop_area": 0.08},
     "without the average": {"ema_decay": 0.0},
+    "twice the epochs": {"epochs": 12},
     "label smoothing 0.1": {"label_smoothing": 0.1},
     "lower layers slower": {"layer_decay": 0.7},
 }
@@ -134,7 +135,7 @@ def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
         # Knobs that a recipe sets itself, or does not use.
         kept_out = {
             "weights": recipe == "scratch",
-            "source_class": recipe not in ("class-vector", "source-probe", "full", "best"),
+            "source_class": recipe not in ("class-vector", "source-probe", "light", "full", "best"),
             "epochs": recipe in ("probe", "source-probe", "best"),
         }
         shared = {key: value for key, value in common.items() if not kept_out.get(key)}

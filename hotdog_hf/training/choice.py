@@ -18,7 +18,7 @@ from hotdog_hf.training.search import Search, settle
 # What the choice decides, so that no flag may.
 CHOSEN = (
     "preprocessing augmentation min_crop_area flip train_image_size head_init probe_views freeze_body"
-    " cache_features batch_norm epochs optimizer learning_rate schedule keep"
+    " frozen_share cache_features batch_norm epochs optimizer learning_rate schedule keep"
 ).split()
 
 

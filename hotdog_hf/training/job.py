@@ -146,6 +146,8 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
     accelerator.print(f"preprocessing: {data_config}")
     if config.model.freeze_body:
         network.freeze_body(net)
+    if config.model.frozen_share:
+        network.freeze_lowest(net, config.model.frozen_share)
 
     seed, fitted = config.run.seed, head_init in FITTED_HEADS
     extractor = FeatureExtractor(accelerator, net, photos, data_config, workers)

@@ -48,11 +48,11 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal
             job.state.progress.seconds = time.perf_counter() - built
         evaluation = None
         try:
-            # Each epoch is evaluated; with a fitted head also the start, as epoch 0.
+            # With a fitted head the start counts as epoch 0.
             for epoch in range(job.state.progress.epoch, config.optim.epochs + 1):
                 if epoch > 0:
                     train_epoch(job, run_dir, epoch, stop)
-                evaluation = evaluate_epoch(job, run_dir, epoch, stop)
+                evaluation = end_epoch(job, run_dir, epoch, stop)
             calibration = calibrate_saved(job, run_dir, stop)
             if (
                 calibration
@@ -158,37 +158,39 @@ def train_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) ->
                 raise launch.StoppedError
 
 
-def evaluate_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) -> Evaluation:
+def end_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) -> Evaluation | None:
     """Evaluate the weights after an epoch; save the metrics, the model if it is kept, and a checkpoint.
 
-    Raises `StoppedError` if the run was told to stop meanwhile; the state after the epoch's last step is
-    saved, and a resumed run begins with this evaluation.
+    With --evaluate end, only the last epoch is evaluated. Raises `StoppedError` if the run was told to stop
+    meanwhile; the state after the epoch's last step is saved, and a resumed run begins with this evaluation.
     """
     config, accelerator, state = job.config, job.accelerator, job.state
     eval_split, progress = job.eval_split, state.progress
+    last, best, evaluation = epoch == config.optim.epochs, progress.best, None
     row = {"epoch": epoch, "learning_rate": progress.learning_rate}
     row |= records.epoch_row(accelerator, state.totals, progress.seconds)
+    row |= {"loading_seconds": progress.waited, "evaluating_seconds": 0.0}
     network = state.average.module if state.average and epoch > 0 else state.model
-    tick = time.perf_counter()
-    try:
-        evaluation = evaluate(job, run_dir, network, job.eval_loaders[eval_split], stop)
-    except launch.StoppedError:
-        save_checkpoint(job, run_dir)
-        raise
-    row |= {"loading_seconds": progress.waited, "evaluating_seconds": time.perf_counter() - tick}
-    row |= records.epoch_scores(evaluation.scores, eval_split)
+    keeps = last
+    if last or config.run.evaluate == "epoch":
+        tick = time.perf_counter()
+        try:
+            evaluation = evaluate(job, run_dir, network, job.eval_loaders[eval_split], stop)
+        except launch.StoppedError:
+            save_checkpoint(job, run_dir)
+            raise
+        row["evaluating_seconds"] = time.perf_counter() - tick
+        row |= records.epoch_scores(evaluation.scores, eval_split)
+    if config.run.keep == "best":
+        fitted = progress.rows and progress.rows[0]["epoch"] == 0
+        start = records.scores_of(progress.rows[0], eval_split) if fitted else None
+        quality = metrics.quality(evaluation.scores, start, config.optim.class_weights == "balanced")
+        keeps, best = quality > best, max(quality, best)
     accelerator.print(records.describe_epoch(row, eval_split))
     launch.log(accelerator, records.numbers(row), step=epoch)
 
-    fitted = progress.rows and progress.rows[0]["epoch"] == 0
-    start = records.scores_of(progress.rows[0], eval_split) if fitted else None
-    quality = metrics.quality(evaluation.scores, start, config.optim.class_weights == "balanced")
-    keeps = quality > progress.best if config.run.keep == "best" else epoch == config.optim.epochs
     state.progress = Progress(
-        epoch=epoch + 1,
-        total_steps=progress.total_steps,
-        rows=[*progress.rows, row],
-        best=max(quality, progress.best),
+        epoch=epoch + 1, total_steps=progress.total_steps, rows=[*progress.rows, row], best=best
     )
     state.totals.zero_()
     kept = job.net if config.model.cache_features else accelerator.unwrap_model(network)

@@ -4,9 +4,9 @@ import math
 
 import torch
 from accelerate import Accelerator
-from timm.models import group_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from hotdog_hf.model.network import depths
 from hotdog_hf.training import sharding
 
 
@@ -28,7 +28,7 @@ def parameter_groups(
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     head = {names[id(parameter)] for parameter in model.get_classifier().parameters()}
-    depth_of = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    depth_of = depths(model)
     last_body_depth = max(depth for name, depth in depth_of.items() if name not in head)
 
     groups: dict[str, dict] = {}

@@ -34,12 +34,17 @@ def figure_axes(size: tuple[float, float], path: str | os.PathLike) -> Iterator[
 
 
 def plot_curves(rows: list[dict], eval_split: str, path: str | os.PathLike) -> None:
-    """Draw train loss, train accuracy and `eval_split` accuracy over the epochs, as in the chapter."""
+    """Draw train loss, train accuracy and `eval_split` accuracy over the epochs, as in the chapter.
+
+    An epoch that was not evaluated has no `eval_split` accuracy; a single one is a point.
+    """
     epochs = [row["epoch"] for row in rows]
+    evaluated = [row for row in rows if f"{eval_split}_accuracy" in row]
     with figure_axes((5.5, 3.6), path) as axes:
         axes.plot(epochs, [row["train_loss"] for row in rows], label="train loss")
         axes.plot(epochs, [row["train_accuracy"] for row in rows], "m--", label="train acc")
-        axes.plot(epochs, [row[f"{eval_split}_accuracy"] for row in rows], "g-.", label=f"{eval_split} acc")
+        shown = [[row[name] for row in evaluated] for name in ("epoch", f"{eval_split}_accuracy")]
+        axes.plot(*shown, "go" if len(evaluated) == 1 else "g-.", label=f"{eval_split} acc")
         axes.set(xlabel="epoch", xlim=(epochs[0], max(epochs[-1], epochs[0] + 1)), ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.4)

@@ -68,12 +68,15 @@ def scores_of(row: dict, split: str) -> dict:
 
 
 def describe_epoch(row: dict, eval_split: str) -> str:
-    """Return the line printed after an epoch."""
-    return (
-        f"epoch {row['epoch']}: train loss {row['train_loss']:.3f}, train acc {row['train_accuracy']:.3f}, "
-        f"{eval_split} loss {row[f'{eval_split}_loss']:.3f}, "
-        f"{eval_split} acc {row[f'{eval_split}_accuracy']:.3f}, {row['examples_per_second']:.1f} examples/sec"
-    )
+    """Return the line printed after an epoch, with the scores of `eval_split` if it was evaluated."""
+    parts = []
+    for split in ("train", eval_split):
+        if f"{split}_loss" in row:
+            parts += [
+                f"{split} loss {row[f'{split}_loss']:.3f}",
+                f"{split} acc {row[f'{split}_accuracy']:.3f}",
+            ]
+    return f"epoch {row['epoch']}: {', '.join(parts)}, {row['examples_per_second']:.1f} examples/sec"
 
 
 def final_row(rows: list[dict], test_scores: dict, seconds: float) -> dict:

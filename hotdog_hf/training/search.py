@@ -14,7 +14,7 @@ import scipy.special
 from accelerate import Accelerator
 
 from hotdog_hf.config import RECIPES, TrainConfig, differences, override
-from hotdog_hf.data.groups import content_folds, content_groups
+from hotdog_hf.data.groups import content_groups, stratified_folds
 from hotdog_hf.data.splits import Photos
 from hotdog_hf.data.transforms import MEMORY_FORMAT
 from hotdog_hf.model import heads
@@ -26,17 +26,19 @@ from hotdog_hf.training.job import Job, build
 
 FOLDS = 4
 # Random crops of each photo that a probe learns from, if it learns from crops.
-VIEWS = 2
+VIEWS = 1
 # Two ways to crop: from a quarter of the photo, with flips, or gentler, for photos that must not be mirrored.
 CROPS = {
     "crops from 25 %, flips": {"min_crop_area": 0.25, "flip": True},
     "crops from 50 %, no flips": {"min_crop_area": 0.5, "flip": False},
 }
-# Epochs of a full fine-tuning on a part of train; it is given up halfway if its log-loss is over so many
-# times that of the best so far.
-TRIAL_EPOCHS, HOPELESS = 4, 3.0
-# With --minutes: the fewest epochs that are worth a full fine-tuning, and the most.
-FEWEST_EPOCHS, MOST_EPOCHS = 4, 20
+# Light fine-tuning is not tried if a full one has this share of the fitted heads' log-loss, or less.
+MUCH_BETTER = 0.5
+# Epochs of fine-tuning on a part of train; it is given up halfway if its log-loss is over so many times that
+# of the best so far.
+TRIAL_EPOCHS, HOPELESS = {"full": 4, "light": 3}, 3.0
+# With --minutes: the fewest epochs that are worth a fine-tuning, and the most that are trained.
+FEWEST_EPOCHS, MOST_EPOCHS = {"full": 4, "light": 3}, {"full": 20, "light": 10}
 # Seconds for what depends on no photo: fitting heads, saving, figures.
 FIXED_SECONDS = 12
 
@@ -64,11 +66,36 @@ class Tried:
 def settle(config: TrainConfig, recipe: str, knobs: dict) -> TrainConfig:
     """Return the config of a candidate: its recipe and knobs, and the flags given with recipe "best"."""
     # On all of train: no photos are held back to choose an epoch, unless the user asks for it.
-    given = {"val_fraction": config.data.val_fraction, "keep": "last", **differences(config)}
-    given["minutes"] = None
+    given = {"val_fraction": config.data.val_fraction, "keep": "last", "evaluate": config.run.evaluate}
+    given |= {**differences(config), "minutes": None}
     if recipe == "probe":
         given.pop("source_class", None)
     return override(RECIPES[recipe], **given | knobs)
+
+
+@dataclasses.dataclass
+class Costs:
+    """Seconds of what a search may do: estimated from seconds per photo at the model's own size."""
+
+    # The model's own input side, photos of train, and photos of the splits that are evaluated.
+    size: int
+    train_photos: int
+    eval_photos: int
+    # Measured at the start on photos in memory, then on what was done.
+    train_seconds: float
+    eval_seconds: float
+
+    def features(self, size: int, views: int = 1) -> float:
+        """Return the seconds of passing all of train through the network once per view."""
+        return views * self.train_photos * self.eval_seconds * (size / self.size) ** 2
+
+    def evaluation(self, size: int) -> float:
+        """Return the seconds of evaluating test and validation once."""
+        return self.eval_photos * self.eval_seconds * (size / self.size) ** 2
+
+    def training(self, epochs: float, share: float = 1.0) -> float:
+        """Return the seconds of training on a share of train, on crops of the model's own size."""
+        return epochs * share * self.train_photos * self.train_seconds
 
 
 class Search:
@@ -86,8 +113,10 @@ class Search:
         minutes = config.run.minutes
         self.end = math.inf if minutes is None else started + 60 * minutes
         self.tried: list[Tried] = []
-        # The heads at the model's own size, and their layers that have learned all folds but the first.
+        # Each geometry's head, and its layer that has learned all folds but the first.
         self.starts: list[tuple[Tried, Layer]] = []
+        # The best geometry: what computes its features, the prior of its heads, its features, and its knobs.
+        self.best_source: tuple[FeatureExtractor, Callable, np.ndarray, dict] | None = None
         # The heads that learned from crops, and how these were made.
         self.cropped: list[tuple[Tried, dict]] = []
         train, workers = photos.splits["train"], config.data.num_workers
@@ -102,13 +131,15 @@ class Search:
         source.to(accelerator.device)
         # Reading and decoding come on top of what is measured on photos in memory.
         speeds = [1.2 * each for each in engine.measure_speed(accelerator, source, self.size)]
-        self.train_seconds, self.eval_seconds = launch.run_on_main(accelerator, lambda: speeds)
-        self.fold_of = launch.run_on_main(accelerator, self._folds)
+        speeds = launch.run_on_main(accelerator, lambda: speeds)
+        others = sum(len(rows) for name, rows in photos.splits.items() if name != "train")
+        self.costs = Costs(self.size, len(self.labels), others, *speeds)
+        self.folds = launch.run_on_main(accelerator, self._folds)
 
-    def _folds(self) -> np.ndarray | None:
+    def _folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
         train = self.photos.splits["train"]
         groups = content_groups(train, progress=self.accelerator.is_main_process)
-        return content_folds(self.labels, groups, FOLDS, self.config.run.seed)
+        return stratified_folds(self.labels, groups, FOLDS, self.config.run.seed)
 
     def left(self) -> float:
         """Return the seconds that are left of --minutes, the same on every process."""
@@ -116,7 +147,7 @@ class Search:
 
     def run(self) -> tuple[Candidate, str]:
         """Try the candidates; return the chosen one, and why."""
-        if self.fold_of is None:
+        if not self.folds:
             why = "a class has one photo, or copies of one, so there is nothing to test on"
             return self.source_probe({}), why
         self.accelerator.print(self.describe_plan())
@@ -126,36 +157,43 @@ class Search:
         best = min(self.tried, key=self.score)
         chosen = best.candidate
         why = f"its log-loss, {self.score(best):.3f}, is the lowest of {len(self.tried)} candidates"
-        if chosen.recipe == "full" and self.config.run.minutes is not None:
-            # An epoch trains on every photo once and is then evaluated, as is the fitted head.
-            seconds = len(self.labels) * self.train_seconds + self.test_seconds()
-            room = self.left() - FIXED_SECONDS - self.test_seconds()
-            epochs = int(np.clip(room / seconds, 1, MOST_EPOCHS))
-            chosen, why = (
-                chosen._replace(knobs={**chosen.knobs, "epochs": epochs}),
-                why + (f"; {epochs} epochs fit into the time"),
-            )
+        if chosen.recipe in TRIAL_EPOCHS and self.config.run.minutes is not None:
+            epochs = int((self.left() - self.finish_seconds(chosen)) / self.costs.training(1))
+            epochs = int(np.clip(epochs, FEWEST_EPOCHS[chosen.recipe], MOST_EPOCHS[chosen.recipe]))
+            chosen = chosen._replace(knobs={**chosen.knobs, "epochs": epochs})
+            why += f"; {epochs} epochs fit into the time"
         return chosen, why
 
     def describe_plan(self) -> str:
         """Return a line that says how long the run will take."""
         if self.config.run.minutes is not None:
             return f"the whole run shall take {self.config.run.minutes:g} minutes; trying what fits"
-        count, sizes = len(self.labels), 1 + (self.larger() is not None)
-        cheap = count * self.eval_seconds * (2 + 2 * VIEWS * sizes + 2 * (sizes - 1)) + FIXED_SECONDS
-        cheap += 2 * self.test_seconds()
-        trial = TRIAL_EPOCHS * count * (FOLDS - 1) / FOLDS * self.train_seconds
-        epochs = RECIPES["full"].optim.epochs
-        full = epochs * (count * self.train_seconds + self.test_seconds())
-        return (
-            f"expected to take {(cheap + trial / 2) / 60:.1f} minutes if a fitted head is best,"
-            f" {(cheap + trial + full) / 60:.1f} if it is full fine-tuning"
+        costs, largest, part = self.costs, self.larger() or self.size, (FOLDS - 1) / FOLDS
+        cheap = sum(map(costs.features, {self.size, largest})) + costs.features(self.size)
+        cheap += costs.features(largest, len(CROPS) * VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
+        light = cheap + costs.training(TRIAL_EPOCHS["full"] / 2 + TRIAL_EPOCHS["light"], part)
+        ends = {
+            "a fitted head": light,
+            "light fine-tuning": light + costs.training(RECIPES["light"].optim.epochs),
+            "full fine-tuning": cheap
+            + costs.training(TRIAL_EPOCHS["full"], part)
+            + costs.training(RECIPES["full"].optim.epochs),
+        }
+        return "expected to take " + ", ".join(
+            f"{each / 60:.1f} minutes if {name} is best" for name, each in ends.items()
         )
 
-    def test_seconds(self) -> float:
-        """Return the seconds of evaluating test once."""
-        count = sum(len(rows) for name, rows in self.photos.splits.items() if name != "train")
-        return count * self.eval_seconds
+    def finish_seconds(self, candidate: Candidate) -> float:
+        """Return the seconds of a candidate's final run, without those of its epochs."""
+        size = candidate.knobs.get("image_size", self.size)
+        views = 1 + candidate.knobs.get("probe_views", 0)
+        return self.costs.features(size, views) + self.costs.evaluation(size) + FIXED_SECONDS
+
+    def trial_seconds(self, recipe: str) -> float:
+        """Return the seconds of the shortest trial of a recipe and of its shortest final run."""
+        shortest = self.costs.training(TRIAL_EPOCHS[recipe] / 2, (FOLDS - 1) / FOLDS)
+        final = self.costs.training(FEWEST_EPOCHS[recipe])
+        return shortest + final + self.finish_seconds(self.source_probe(self.best_source[3]))
 
     def larger(self) -> int | None:
         """Return a size above the model's own that is tried too; None if the size is given or fixed."""
@@ -171,29 +209,29 @@ class Search:
         if larger := self.larger():
             geometries.append({"preprocessing": "model", "image_size": larger})
         for knobs in geometries:
-            # Features, and the test photos at the end if this is chosen.
-            scale = (knobs.get("image_size", self.size) / self.size) ** 2
-            cost = scale * (len(self.labels) * self.eval_seconds + self.test_seconds()) + FIXED_SECONDS
+            size = knobs.get("image_size", self.size)
+            cost = self.costs.features(size) + self.costs.evaluation(size) + FIXED_SECONDS
             if self.tried and cost > self.left():
                 continue
-            name = self.geometry_name(knobs)
             begun = time.perf_counter()
             extractor, prior_of = self.extractor(knobs)
             features = extractor.split("train", self.config.run.seed).features.numpy()
-            seconds = (time.perf_counter() - begun) / len(self.labels) / scale
+            seconds = (time.perf_counter() - begun) / self.costs.features(size) * self.costs.eval_seconds
             seconds = launch.run_on_main(self.accelerator, functools.partial(float, seconds))
-            if seconds > self.eval_seconds / 2:  # else they came from the cache
-                self.eval_seconds = seconds
+            if seconds > self.costs.eval_seconds / 2:  # else they came from the cache
+                self.costs.eval_seconds = seconds
             fit = functools.partial(
-                cross_validate, features, self.labels, prior_of, self.fold_of, (), self.weights
+                cross_validate, features, self.labels, prior_of, self.folds, (), self.weights
             )
             outputs, layers = launch.run_on_main(self.accelerator, fit)
-            self.add(self.source_probe(knobs, f", {name}"), outputs)
-            if "image_size" not in knobs:
-                self.starts.append((self.tried[-1], layers[0]))
+            tried = self.add(self.source_probe(knobs, f", {self.geometry_name(knobs)}"), outputs)
+            self.starts.append((tried, layers[0]))
+            if tried is self.reference():
+                self.best_source = extractor, prior_of, features, knobs
             if knobs["preprocessing"] == "chapter":
                 fit = functools.partial(self.cross_validate_probe, features)
-                self.add(Candidate(f"probe, {name}", "probe", {}), launch.run_on_main(self.accelerator, fit))
+                probe = Candidate(f"probe, {self.geometry_name(knobs)}", "probe", {})
+                self.add(probe, launch.run_on_main(self.accelerator, fit))
 
     def geometry_name(self, knobs: dict) -> str:
         """Return a geometry in words."""
@@ -214,67 +252,73 @@ class Search:
     def cross_validate_probe(self, features: np.ndarray) -> np.ndarray:
         """Return log-probabilities [N, classes] of the recipe "probe", each by a fit without that fold."""
         outputs = np.zeros((len(self.labels), self.labels.max() + 1))
-        for fold in range(self.fold_of.max() + 1):
-            learned, held_back = self.fold_of != fold, self.fold_of == fold
+        for learned, held_back in self.folds:
             seed, balanced = self.config.run.seed, self.weights is not None
-            layer = Layer(*heads.probe_head(features[learned], self.labels[learned], seed, (), balanced))
+            layer, _ = heads.fit_probe(features[learned], self.labels[learned], seed, (), balanced)
             outputs[held_back] = scipy.special.log_softmax(layer.logits(features[held_back]), axis=1)
         return outputs
 
     def try_crops(self) -> None:
         """Try the best geometry with random crops to learn from, which also tell how to crop in training."""
-        best = min((each for each in self.tried if each.candidate.recipe == "source-probe"), key=self.score)
-        geometry = best.candidate.knobs
-        scale = (geometry.get("image_size", self.size) / self.size) ** 2
-        extractor, prior_of = self.extractor(geometry)
-        features = extractor.split("train", self.config.run.seed).features.numpy()
+        extractor, prior_of, features, geometry = self.best_source
+        size = geometry.get("image_size", self.size)
         for name, crop in CROPS.items():
-            cost = VIEWS * len(self.labels) * self.eval_seconds + self.test_seconds()
-            if scale * cost + 2 * FIXED_SECONDS > self.left():
+            # Learned now and once more if chosen, unless that leaves no time for a training that would fit.
+            cost = 2 * self.costs.features(size, VIEWS) + self.costs.evaluation(size) + 2 * FIXED_SECONDS
+            spare = self.left() - min(map(self.trial_seconds, TRIAL_EPOCHS))
+            if cost > (spare if spare > 0 else self.left()):
                 return
             area, flip = crop["min_crop_area"], crop["flip"]
             views = extractor.crops("train", VIEWS, area, self.config.run.seed, flip)
             views = [view.features.numpy() for view in views]
             fit = functools.partial(
-                cross_validate, features, self.labels, prior_of, self.fold_of, views, self.weights
+                cross_validate, features, self.labels, prior_of, self.folds, views, self.weights
             )
             knobs = geometry | crop
             knobs |= {"augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
             outputs, _ = launch.run_on_main(self.accelerator, fit)
-            self.add(self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}"), outputs)
-            self.cropped.append((self.tried[-1], crop))
+            tried = self.add(self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}"), outputs)
+            self.cropped.append((tried, crop))
 
     def try_training(self) -> None:
-        """Try fine-tuning the whole network on all folds but the first, tested on that one."""
-        start, layer = min(self.starts, key=lambda pair: self.score(pair[0]))
+        """Try fine-tuning on all folds but the first, tested on that one."""
         crop = next(iter(CROPS.values()))
         if self.cropped:
             crop = min(self.cropped, key=lambda pair: self.score(pair[0]))[1]
-        geometry = start.candidate.knobs
-        ways = [Candidate("full fine-tuning", "full", {**geometry, **crop})]
+        self.starts.sort(key=lambda pair: self.score(pair[0]))
+        best_start = self.starts[0]
+        own_start = next(pair for pair in self.starts if "image_size" not in pair[0].candidate.knobs)
+        head = self.reference()
+        full = {**own_start[0].candidate.knobs, **crop}
+        self.try_way(Candidate("full fine-tuning", "full", full), own_start[1])
         if self.config.run.minutes is not None:
             other = next(each for each in CROPS.values() if each != crop)
-            light = {**geometry, **crop, "head_init": "source-probe", "probe_views": VIEWS}
-            ways.append(Candidate("light fine-tuning", "light", light))
-            ways.append(Candidate("full fine-tuning, other crops", "full", {**geometry, **other}))
-        for way in ways:
-            count, epochs = len(self.labels), self.trial_epochs(way)
-            cost = epochs * count * (FOLDS - 1) / FOLDS * self.train_seconds
-            final = FEWEST_EPOCHS if way.recipe == "full" else RECIPES[way.recipe].optim.epochs
-            cost += final * (count * self.train_seconds + self.test_seconds()) + FIXED_SECONDS
-            if cost <= self.left():
-                self.train_part(way, layer)
+            self.try_way(Candidate("full fine-tuning, other crops", "full", full | other), own_start[1])
+        if min(map(self.score, self.tried)) < MUCH_BETTER * self.score(head):
+            return
+        # On crops of the model's own size: things in random crops are larger than in the whole photo, so that
+        # the larger size of evaluation suits it (Touvron et al. 2019, arXiv 1906.06423).
+        geometry = best_start[0].candidate.knobs
+        light = {**geometry, **crop}
+        if "image_size" in geometry:
+            light["train_image_size"] = self.size
+        name = f"light fine-tuning, {self.geometry_name(geometry)}"
+        self.try_way(Candidate(name, "light", light), best_start[1])
 
-    def trial_epochs(self, way: Candidate) -> int:
-        """Return the epochs on a part of train."""
-        return TRIAL_EPOCHS if way.recipe == "full" else RECIPES[way.recipe].optim.epochs
+    def try_way(self, way: Candidate, layer: Layer) -> None:
+        """Try a fine-tuning from a fitted head, if there is time for it: fewer epochs if there is little."""
+        final = self.costs.training(FEWEST_EPOCHS[way.recipe]) + self.finish_seconds(way)
+        epochs = (self.left() - final) / self.costs.training(1, (FOLDS - 1) / FOLDS)
+        most = TRIAL_EPOCHS[way.recipe]
+        if epochs >= most / 2:
+            self.train_part(way, layer, int(min(epochs, most)))
 
-    def train_part(self, way: Candidate, layer: Layer) -> None:
+    def train_part(self, way: Candidate, layer: Layer, epochs: int) -> None:
         """Train a candidate from a fitted head on all folds but the first, and test it on that one."""
-        epochs, rows = self.trial_epochs(way), np.flatnonzero(self.fold_of == 0)
+        learned, rows = self.folds[0]
         best = min(self.tried, key=self.score)
         hopeless = HOPELESS * best.losses[np.searchsorted(best.rows, rows)].mean()
-        job = self.build_part(way, rows, layer)
+        job = self.build_part(way, layer, epochs)
         begun, given_up = time.perf_counter(), False
         for epoch in range(1, epochs + 1):
             job.train_loader.batch_sampler.seek(epoch)
@@ -287,9 +331,8 @@ class Search:
                     raise launch.StoppedError
             job.state.totals.zero_()
             if epoch == 1:
-                seconds = (time.perf_counter() - begun) / (len(self.labels) - len(rows))
-                seconds = functools.partial(float, seconds)
-                self.train_seconds = launch.run_on_main(self.accelerator, seconds)
+                seconds = functools.partial(float, (time.perf_counter() - begun) / len(learned))
+                self.costs.train_seconds = launch.run_on_main(self.accelerator, seconds)
             if epoch in (epochs // 2, epochs):
                 losses, correct = self.evaluate_part(job, rows)
                 given_up = epoch < epochs and losses.mean() > hopeless
@@ -299,10 +342,10 @@ class Search:
         self.tried.append(Tried(way, rows, losses, correct, given_up))
         self.accelerator.print(self.describe(self.tried[-1]))
 
-    def build_part(self, way: Candidate, rows: np.ndarray, layer: Layer) -> Job:
-        """Return the job of a candidate that trains on all photos but these rows, from a fitted head."""
-        train, epochs = self.photos.splits["train"], self.trial_epochs(way)
-        part = {"train": train.select(np.setdiff1d(np.arange(len(train)), rows)), "test": train.select(rows)}
+    def build_part(self, way: Candidate, layer: Layer, epochs: int) -> Job:
+        """Return the job of a candidate that trains on all folds but the first, from a fitted head."""
+        train, (learned, rows) = self.photos.splits["train"], self.folds[0]
+        part = {"train": train.select(learned), "test": train.select(rows)}
         knobs = {**way.knobs, "head_init": "linear", "probe_views": 0, "source_class": (), "epochs": epochs}
         config = settle(self.config, way.recipe, knobs | {"compile": False})
         with contextlib.redirect_stdout(io.StringIO()):
@@ -328,11 +371,13 @@ class Search:
             losses = losses * self.weights[labels]
         return losses, log_probabilities.argmax(axis=1) == labels
 
-    def add(self, candidate: Candidate, log_probabilities: np.ndarray) -> None:
+    def add(self, candidate: Candidate, log_probabilities: np.ndarray) -> Tried:
         """Record a candidate that was cross-validated on all photos."""
         rows = np.arange(len(self.labels))
-        self.tried.append(Tried(candidate, rows, *self.scores_of(log_probabilities, rows)))
-        self.accelerator.print(self.describe(self.tried[-1]))
+        tried = Tried(candidate, rows, *self.scores_of(log_probabilities, rows))
+        self.tried.append(tried)
+        self.accelerator.print(self.describe(tried))
+        return tried
 
     def reference(self) -> Tried:
         """Return the best candidate of those that were cross-validated."""
