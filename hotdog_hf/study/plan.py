@@ -34,7 +34,6 @@ VARIANTS: dict[str, dict] = {
     "crops of 160 pixels": {"train_image_size": 160},
     "crops from 8 %": {"min_crop_area": 0.08},
     "without the average": {"ema_decay": 0.0},
-    "twice the epochs": {"epochs": 12},
     "label smoothing 0.1": {"label_smoothing": 0.1},
     "lower layers slower": {"layer_decay": 0.7},
 }

@@ -38,7 +38,7 @@ MUCH_BETTER = 0.5
 # of the best so far.
 TRIAL_EPOCHS, HOPELESS = {"full": 4, "light": 3}, 3.0
 # With --minutes: the fewest epochs that are worth a fine-tuning, and the most that are trained.
-FEWEST_EPOCHS, MOST_EPOCHS = {"full": 4, "light": 3}, {"full": 20, "light": 10}
+FEWEST_EPOCHS, MOST_EPOCHS = {"full": 4, "light": 3}, {"full": 20, "light": 6}
 # Seconds for what depends on no photo: fitting heads, saving, figures.
 FIXED_SECONDS = 12
 
