@@ -28,6 +28,7 @@ FOLDS = 4
 # Random crops of each photo that a probe learns from, if it learns from crops.
 VIEWS = 1
 # Two ways to crop: from a quarter of the photo, with flips, or gentler, for photos that must not be mirrored.
+# Training needs the first, which tells it more, unless the second is clearly better for fitted heads.
 CROPS = {
     "crops from 25 %, flips": {"min_crop_area": 0.25, "flip": True},
     "crops from 50 %, no flips": {"min_crop_area": 0.5, "flip": False},
@@ -117,8 +118,8 @@ class Search:
         self.starts: list[tuple[Tried, Layer]] = []
         # The best geometry: what computes its features, the prior of its heads, its features, and its knobs.
         self.best_source: tuple[FeatureExtractor, Callable, np.ndarray, dict] | None = None
-        # The heads that learned from crops, and how these were made.
-        self.cropped: list[tuple[Tried, dict]] = []
+        # The heads that learned from crops, by the way to crop.
+        self.cropped: dict[str, Tried] = {}
         train, workers = photos.splits["train"], config.data.num_workers
         self.workers = launch.default_workers(accelerator) if workers is None else workers
         self.labels = np.asarray(train["label"][:])
@@ -278,13 +279,11 @@ class Search:
             knobs |= {"augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
             outputs, _ = launch.run_on_main(self.accelerator, fit)
             tried = self.add(self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}"), outputs)
-            self.cropped.append((tried, crop))
+            self.cropped[name] = tried
 
     def try_training(self) -> None:
         """Try fine-tuning on all folds but the first, tested on that one."""
-        crop = next(iter(CROPS.values()))
-        if self.cropped:
-            crop = min(self.cropped, key=lambda pair: self.score(pair[0]))[1]
+        crop = self.training_crop()
         self.starts.sort(key=lambda pair: self.score(pair[0]))
         best_start = self.starts[0]
         own_start = next(pair for pair in self.starts if "image_size" not in pair[0].candidate.knobs)
@@ -304,6 +303,14 @@ class Search:
             light["train_image_size"] = self.size
         name = f"light fine-tuning, {self.geometry_name(geometry)}"
         self.try_way(Candidate(name, "light", light), best_start[1])
+
+    def training_crop(self) -> dict:
+        """Return how to crop in training: the gentler way if it is better by two standard errors."""
+        usual, gentle = CROPS
+        if len(self.cropped) < len(CROPS):
+            return CROPS[usual]
+        gain = self.cropped[usual].losses - self.cropped[gentle].losses
+        return CROPS[gentle if gain.mean() > 2 * gain.std() / math.sqrt(len(gain)) else usual]
 
     def try_way(self, way: Candidate, layer: Layer) -> None:
         """Try a fine-tuning from a fitted head, if there is time for it: fewer epochs if there is little."""
