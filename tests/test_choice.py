@@ -15,7 +15,7 @@ from hotdog_hf.errors import UserError
 from hotdog_hf.model import regression
 from hotdog_hf.training import launch, search
 from hotdog_hf.training.choice import decide
-from hotdog_hf.training.search import Search
+from hotdog_hf.training.search import CROPS, Search
 
 
 def decide_here(weights, data_dir, *flags):
@@ -55,6 +55,19 @@ def test_folds_keep_copies_together_and_every_class_in_every_rest():
         assert not {*groups[learned]} & {*groups[held_back]} and {*labels[learned]} == {0, 1}
     assert len(stratified_folds(np.array([0, 0, 0, 1, 1]), np.arange(5), 4, 0)) == 2
     assert stratified_folds(np.array([0, 0, 1, 1]), np.array([0, 1, 2, 2]), 4, 0) == []
+
+
+@pytest.mark.parametrize(("gains", "flip"), [((-0.38, 0.4), True), ((0.1, 0.3), False), ((-0.3, -0.1), True)])
+def test_photos_are_mirrored_in_training_unless_that_is_clearly_worse(gains, flip):
+    """Gains of not mirroring, per photo: by chance, clearly, and a clear loss."""
+    search = object.__new__(Search)
+    losses = np.resize([-1.0, 1.0], 40)
+    gains = np.linspace(*gains, 40)
+    tried = [SimpleNamespace(losses=losses), SimpleNamespace(losses=losses - gains)]
+    search.cropped = dict(zip(CROPS, tried, strict=True))
+    assert search.training_crop()["flip"] is flip
+    search.cropped.popitem()
+    assert search.training_crop()["flip"]
 
 
 def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, monkeypatch):

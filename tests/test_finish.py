@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from accelerate.state import AcceleratorState
@@ -176,3 +177,28 @@ def test_a_saved_vision_transformer_is_fitted_to_another_input_size(photos_dir, 
     assert fitted(torch.zeros(1, 3, size, size)).shape == (1, 2)
     assert torch.equal(fitted.head.weight, net.head.weight)
     assert load_source("test_vit", str(tmp_path / "vit"), None).pos_embed.shape == net.pos_embed.shape
+
+
+def test_a_run_evaluated_only_at_the_end_is_the_same_run(tiny_weights, photos_dir, tmp_path, capsys):
+    flags = ("--epochs", 2, "--frozen-share", 0.5, "--head-init", "probe")
+    train_here(tiny_weights, photos_dir, tmp_path / "all", *flags)
+    capsys.readouterr()
+    train_here(tiny_weights, photos_dir, tmp_path / "end", *flags, "--evaluate", "end")
+    said = capsys.readouterr().out
+    weights = [tmp_path / f"{name}/model/model.safetensors" for name in ("all", "end")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    every, end = (numbers_of(tmp_path / name) for name in ("all", "end"))
+    assert every[-1] == end[-1] and every[-2] == end[-2]
+    assert [("test_loss" in row, row["train_loss"]) for row in end[:-2]] == [
+        (False, row["train_loss"]) for row in every[:-2]
+    ]
+    assert said.count("test loss") == 1 and (tmp_path / "end/curves.png").stat().st_size > 5000
+    before, after = safetensors.torch.load_file(tiny_weights), safetensors.torch.load_file(weights[0])
+    same = {name for name in before if name in after and torch.equal(before[name], after[name])}
+    stages = {name.split(".")[0] for name in before}
+    assert stages - {name.split(".")[0] for name in before.keys() - same} == {
+        "conv1",
+        "bn1",
+        "layer1",
+        "layer2",
+    }

@@ -401,7 +401,9 @@ def test_the_class_vector_recipe_is_judged_before_its_first_step(tiny_weights, p
     ("flags", "kept"),
     [(("--learning-rate", 0.1), 0), (("--augmentation", "none", "--probe-views", 0), 1)],
 )
-def test_the_better_of_a_fitted_head_and_a_trained_one_is_kept(tiny_weights, photos_dir, tmp_path, flags, kept):
+def test_the_better_of_a_fitted_head_and_a_trained_one_is_kept(
+    tiny_weights, photos_dir, tmp_path, flags, kept
+):
     flags = ("--val-fraction", 0.3, "--keep", "best", "--epochs", 1, "--no-calibrate", *flags)
     train_here(tiny_weights, photos_dir, tmp_path / "run", "--recipe", "light", *flags)
     *rows, final = numbers_of(tmp_path / "run")

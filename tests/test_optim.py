@@ -59,6 +59,28 @@ def test_a_frozen_parameter_is_in_no_group():
     ]
 
 
+@pytest.mark.parametrize(
+    ("share", "frozen"),
+    [
+        (0, []),
+        (0.1, ["stem"]),
+        (0.5, ["stem", "layer1", "layer2"]),
+        (0.99, ["stem", *map("layer{}".format, range(1, 5))]),
+    ],
+)
+def test_a_share_of_the_body_is_frozen_from_the_stem_on(share, frozen):
+    net = timm.create_model("resnet18", num_classes=2)
+    groups = ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
+    network.freeze_lowest(net, share)
+    trained = optim.parameter_groups(net, learning_rate=1, head_lr_mult=10)
+    assert [group["name"] for group in trained] == groups[len(frozen) :]
+    still = network.modules_in_eval_mode(net, body=False, batch_norm=False)
+    norms = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    below = [layer for layer in norms if not layer.weight.requires_grad]
+    assert list(map(id, still)) == list(map(id, below)) and (len(below) > 0) == bool(frozen)
+    assert len(network.modules_in_eval_mode(net, body=False, batch_norm=True)) == len(norms)
+
+
 def test_the_table_shows_names_counts_and_rates():
     net = timm.create_model("resnet18", num_classes=2)
     groups = optim.parameter_groups(net, learning_rate=1.0, head_lr_mult=10)

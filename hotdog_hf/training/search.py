@@ -305,12 +305,12 @@ class Search:
         self.try_way(Candidate(name, "light", light), best_start[1])
 
     def training_crop(self) -> dict:
-        """Return how to crop in training: the gentler way if it is better by two standard errors."""
+        """Return how to crop in training: the gentler way if it is better by more than a standard error."""
         usual, gentle = CROPS
         if len(self.cropped) < len(CROPS):
             return CROPS[usual]
         gain = self.cropped[usual].losses - self.cropped[gentle].losses
-        return CROPS[gentle if gain.mean() > 2 * gain.std() / math.sqrt(len(gain)) else usual]
+        return CROPS[gentle if gain.mean() > gain.std() / math.sqrt(len(gain)) else usual]
 
     def try_way(self, way: Candidate, layer: Layer) -> None:
         """Try a fine-tuning from a fitted head, if there is time for it: fewer epochs if there is little."""
