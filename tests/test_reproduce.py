@@ -299,6 +299,10 @@ def test_recipes_are_compared_on_several_folders(photos, tiny_weights, tmp_path,
                 rf"\| [12] \| `{line['run']}` \| {accuracy:.3f} \([\d.]+ to [\d.]+\) \| {loss:.3f} \| \d+ \|"
             )
             assert re.search(row, part) and f"`{line['command']}`" in part
+    (tmp_path / "study" / lines[3]["folder"] / "choice.json").write_text('{"chosen": "a head"}')
+    assert comparison.compare_folders(config, accelerator, stop) is None
+    text = (tmp_path / "study/README.md").read_text()
+    assert text.count(" chose, by seed: ") == 1 and "`probe` chose, by seed: a head." in text
 
 
 def test_the_overall_table_counts_ranks_wins_and_points_behind(monkeypatch):

@@ -1,5 +1,6 @@
 """The recipes side by side on several folders of photos: which one wins where."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +60,17 @@ def compared(study: Study) -> list[dict]:
                 "loss": loss,
                 "seconds": seconds,
                 "command": command_of(results[0].run.config),
+                "chosen": [chosen for result in results if (chosen := _chosen(result.folder))],
             }
         )
     rows.sort(key=lambda row: (-row["accuracy"], row["loss"]))
     return [row | {"rank": rank} for rank, row in enumerate(rows, start=1)]
+
+
+def _chosen(folder: Path) -> str | None:
+    """Return what the recipe "best" chose in a run's folder; None for another recipe."""
+    file = folder / "choice.json"
+    return json.loads(file.read_text(encoding="utf-8"))["chosen"] if file.exists() else None
 
 
 def overall(tables: list[list[dict]]) -> list[dict]:

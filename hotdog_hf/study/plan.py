@@ -143,7 +143,7 @@ def runs_of(experiment: str, seeds: int, common: dict) -> list[Run]:
     if experiment in ARMS:
         return [run(experiment, ARMS[experiment][0], seed) for seed in range(seeds)]
     if experiment == "compare":
-        return [run(recipe, recipe, seed) for recipe in COMPARED for seed in range(seeds)]
+        return [run(recipe, recipe, seed, evaluate="end") for recipe in COMPARED for seed in range(seeds)]
     if experiment == "rates":
         rate = RECIPES["chapter"].optim.learning_rate
         # The chapter's own rate is the first run of the fine-tuned arm.

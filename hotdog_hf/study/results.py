@@ -42,12 +42,8 @@ class Result:
 
     @property
     def validation(self) -> dict:
-        """Return the validation scores of the saved epoch: the best, or the last."""
-        epochs = [scores_of(row, "validation") for row in self.rows[:-1]]
-        if self.run.config.run.keep == "last":
-            return epochs[-1]
-        start = epochs[0] if self.rows[0]["epoch"] == 0 else None
-        return max(epochs, key=lambda scores: quality(scores, start))
+        """Return the validation scores of the last epoch, which is saved."""
+        return scores_of(self.rows[-2], "validation")
 
 
 def tuned(grid: list[Result], arm: str) -> Run | None:
