@@ -14,6 +14,7 @@ from hotdog_hf.data.groups import stratified_folds
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import regression
 from hotdog_hf.training import launch, search
+from hotdog_hf.training.candidates import Board, Candidate
 from hotdog_hf.training.choice import decide
 from hotdog_hf.training.search import CROPS, Search
 
@@ -26,8 +27,12 @@ def decide_here(weights, data_dir, *flags):
 
 
 def prefer(monkeypatch, recipe):
-    """Let a recipe have the lowest log-loss."""
-    monkeypatch.setattr(Search, "score", lambda _, tried: float(tried.candidate.recipe != recipe))
+    """Let a recipe be the best."""
+
+    def best(board):
+        return next((each for each in board.tried if each.candidate.recipe == recipe), board.tried[0]), "told"
+
+    monkeypatch.setattr(Board, "best", best)
 
 
 def test_a_photo_is_scored_by_layers_that_learned_nothing_of_its_fold(monkeypatch):
@@ -84,13 +89,14 @@ def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, m
     assert one.record["chosen"] == tried[0]["name"] and one.config.recipe == tried[0]["recipe"]
     for row in tried:
         on_part = row["recipe"] in ("full", "light")
-        assert row["how"].startswith("part held back") == on_part and (row["photos"] < 25) == on_part
+        assert row["how"].startswith("part held back") == on_part and row["photos"] == 25  # too few for one fold
 
 
 def test_a_resumed_run_trains_what_was_chosen(tiny_weights, photos_dir, tmp_path, monkeypatch, capsys):
     flags = ("--recipe", "best", "--checkpoint-every", 1, "--resume", "auto")
     prefer(monkeypatch, "full")
     monkeypatch.setattr(search, "TRIAL_EPOCHS", {"full": 1, "light": 1})
+    monkeypatch.setattr(search, "ENOUGH_HELD_BACK", 1)
     run_dir, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     train_here(tiny_weights, photos_dir, run_dir, *flags, stop=StopAfter(3))
     assert not run_dir.exists() and "stopped before anything was chosen" in capsys.readouterr().out
@@ -112,9 +118,33 @@ def test_a_resumed_run_trains_what_was_chosen(tiny_weights, photos_dir, tmp_path
     train_here(tiny_weights, photos_dir, undisturbed, *flags)
     assert_same_run(run_dir, undisturbed)
     card = (run_dir / "model/README.md").read_text()
-    assert "and chose full fine-tuning: its log-loss, " in card and "| probe, squashed, 64 pixels |" in card
+    assert "and chose full fine-tuning: told" in card and "| probe, squashed, 64 pixels |" in card
     with pytest.raises(UserError, match="already holds a run"):
         train_here(tiny_weights, photos_dir, run_dir, *flags[:-2])
+
+
+def test_a_fine_tuning_is_chosen_only_if_it_is_clearly_better():
+    labels, rows = np.zeros(8, int), np.arange(4)
+    board = Board(labels, None)
+
+    def add(name, losses, rows=rows, **how):
+        log_probabilities = np.log(np.stack([np.exp(-losses), 1 - np.exp(-losses)], axis=1))
+        return board.add(Candidate(name, "full", {}), log_probabilities, rows, **how)
+
+    board_rows = np.arange(8)
+    head = add("head", np.repeat([0.2, 0.4], 4), board_rows)
+    assert board.best() == (head, "its log-loss, 0.300, is the lowest of the fitted heads")
+    add("chance", np.array([0.01, 0.5, 0.01, 0.25]), trained=True)
+    assert board.best()[0] is head and board.best()[1].endswith("by more than a standard error")
+    add("given up", np.full(4, 0.05), trained=True, given_up=True)
+    clear = add("clear", np.full(4, 0.1) + 0.01 * rows, trained=True)
+    assert board.best() == (
+        clear,
+        "its log-loss, 0.215, is lower than that of the best fitted head by more than a standard error",
+    )
+    # The second half, on which the head is worse, is not held against it.
+    assert board.score(clear) == pytest.approx(0.3 + 0.115 - 0.2)
+    assert [row["name"] for row in board.rows()] == ["given up", "clear", "chance", "head"]
 
 
 def test_what_the_recipe_chooses_cannot_be_given(tiny_weights, photos_dir):
@@ -127,7 +157,7 @@ def test_few_minutes_try_less_and_more_try_more(tiny_weights, photos_dir, monkey
     assert [row["recipe"] for row in decision.record["tried"]] == ["source-probe"]
     tried = []
     monkeypatch.setattr(Search, "left", lambda _: 1000.0)
-    monkeypatch.setattr(Search, "train_part", lambda _, way, *__: tried.append(way.recipe))
+    monkeypatch.setattr(Search, "try_way", lambda _, way, layers: tried.append(way.recipe))
     prefer(monkeypatch, "full")
     decide_here(tiny_weights, photos_dir, "--minutes", 100)
     assert tried == ["full", "full", "light"]

@@ -61,7 +61,7 @@ def decide(
         accelerator.print("stopped before anything was chosen; the same command starts again")
         return None
     settled = settle(config, chosen.recipe, chosen.knobs)
-    accelerator.print(f"{search.table()}\nchosen: {chosen.name}: {why}")
+    accelerator.print(f"{search.board.table()}\nchosen: {chosen.name}: {why}")
     record = {
         "chosen": chosen.name,
         "why": why,
@@ -71,7 +71,7 @@ def decide(
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "seconds": round(time.perf_counter() - started, 1),
         "minutes": config.run.minutes,
-        "tried": [search.row(each) for each in sorted(search.tried, key=search.score)],
+        "tried": search.board.rows(),
         "config": to_dict(settled),
     }
     record = launch.run_on_main(accelerator, lambda: record)

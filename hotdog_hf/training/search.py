@@ -1,13 +1,11 @@
 """What the recipe "best" tries on parts of train: fitted heads by cross-validation, then fine-tuning."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import scipy.special
@@ -21,6 +19,7 @@ from hotdog_hf.model import heads
 from hotdog_hf.model.regression import Layer, cross_validate
 from hotdog_hf.model.source import load_source, source_data_config
 from hotdog_hf.training import engine, launch, sharding
+from hotdog_hf.training.candidates import Board, Candidate, Costs, Tried
 from hotdog_hf.training.features import FeatureExtractor
 from hotdog_hf.training.job import Job, build
 
@@ -33,35 +32,19 @@ CROPS = {
     "crops from 25 %, flips": {"min_crop_area": 0.25, "flip": True},
     "crops from 50 %, no flips": {"min_crop_area": 0.5, "flip": False},
 }
+# Fine-tunings are tested on as few folds as hold back so many photos.
+ENOUGH_HELD_BACK = 75
 # Light fine-tuning is not tried if a full one has this share of the fitted heads' log-loss, or less.
 MUCH_BETTER = 0.5
 # Epochs of fine-tuning on a part of train; it is given up halfway if its log-loss is over so many times that
 # of the best so far.
-TRIAL_EPOCHS, HOPELESS = {"full": 4, "light": 3}, 3.0
+TRIAL_EPOCHS, HOPELESS = {"full": 4, "light": 3}, 2.0
 # With --minutes: the fewest epochs that are worth a fine-tuning, and the most that are trained.
 FEWEST_EPOCHS, MOST_EPOCHS = {"full": 4, "light": 3}, {"full": 20, "light": 6}
+# Seconds of training on a photo by recipe, before any was trained, as shares of those for the whole network.
+TRAIN_SHARES = {"full": 1.0, "light": 0.7}
 # Seconds for what depends on no photo: fitting heads, saving, figures.
 FIXED_SECONDS = 12
-
-
-class Candidate(NamedTuple):
-    """A recipe that may be chosen: its name in the table, and the knobs that differ from a named one."""
-
-    name: str
-    recipe: str
-    knobs: dict
-
-
-@dataclasses.dataclass(frozen=True)
-class Tried:
-    """A candidate with the log-loss [n] of its held-back photos, and whether each was right [n]."""
-
-    candidate: Candidate
-    # The rows of train that were held back: all in cross-validation, one fold for what is trained.
-    rows: np.ndarray
-    losses: np.ndarray
-    correct: np.ndarray
-    given_up: bool = False
 
 
 def settle(config: TrainConfig, recipe: str, knobs: dict) -> TrainConfig:
@@ -72,31 +55,6 @@ def settle(config: TrainConfig, recipe: str, knobs: dict) -> TrainConfig:
     if recipe == "probe":
         given.pop("source_class", None)
     return override(RECIPES[recipe], **given | knobs)
-
-
-@dataclasses.dataclass
-class Costs:
-    """Seconds of what a search may do: estimated from seconds per photo at the model's own size."""
-
-    # The model's own input side, photos of train, and photos of the splits that are evaluated.
-    size: int
-    train_photos: int
-    eval_photos: int
-    # Measured at the start on photos in memory, then on what was done.
-    train_seconds: float
-    eval_seconds: float
-
-    def features(self, size: int, views: int = 1) -> float:
-        """Return the seconds of passing all of train through the network once per view."""
-        return views * self.train_photos * self.eval_seconds * (size / self.size) ** 2
-
-    def evaluation(self, size: int) -> float:
-        """Return the seconds of evaluating test and validation once."""
-        return self.eval_photos * self.eval_seconds * (size / self.size) ** 2
-
-    def training(self, epochs: float, share: float = 1.0) -> float:
-        """Return the seconds of training on a share of train, on crops of the model's own size."""
-        return epochs * share * self.train_photos * self.train_seconds
 
 
 class Search:
@@ -113,9 +71,8 @@ class Search:
         self.config, self.accelerator, self.photos, self.stop = config, accelerator, photos, stop
         minutes = config.run.minutes
         self.end = math.inf if minutes is None else started + 60 * minutes
-        self.tried: list[Tried] = []
-        # Each geometry's head, and its layer that has learned all folds but the first.
-        self.starts: list[tuple[Tried, Layer]] = []
+        # Each geometry's head, and its layers, one that learned nothing of each fold.
+        self.starts: list[tuple[Tried, list[Layer]]] = []
         # The best geometry: what computes its features, the prior of its heads, its features, and its knobs.
         self.best_source: tuple[FeatureExtractor, Callable, np.ndarray, dict] | None = None
         # The heads that learned from crops, by the way to crop.
@@ -126,6 +83,7 @@ class Search:
         self.weights = None
         if config.optim.class_weights == "balanced":
             self.weights = heads.class_weights(np.bincount(self.labels))
+        self.board = Board(self.labels, self.weights)
         source = load_source(config.model.model, config.model.weights, config.data.image_size)
         self.fixed_size = bool(source.pretrained_cfg.get("fixed_input_size"))
         self.size = source_data_config(source, "model", config.data.image_size)["input_size"][-1]
@@ -134,8 +92,12 @@ class Search:
         speeds = [1.2 * each for each in engine.measure_speed(accelerator, source, self.size)]
         speeds = launch.run_on_main(accelerator, lambda: speeds)
         others = sum(len(rows) for name, rows in photos.splits.items() if name != "train")
-        self.costs = Costs(self.size, len(self.labels), others, *speeds)
+        train_seconds = {recipe: share * speeds[0] for recipe, share in TRAIN_SHARES.items()}
+        self.costs = Costs(self.size, len(self.labels), others, train_seconds, speeds[1])
         self.folds = launch.run_on_main(accelerator, self._folds)
+        held_back = np.cumsum([len(held_back) for _, held_back in self.folds])
+        # The folds that fine-tunings are tested on.
+        self.trial_folds = self.folds[: 1 + int(np.searchsorted(held_back, ENOUGH_HELD_BACK))]
 
     def _folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
         train = self.photos.splits["train"]
@@ -155,11 +117,10 @@ class Search:
         self.try_heads()
         self.try_crops()
         self.try_training()
-        best = min(self.tried, key=self.score)
+        best, why = self.board.best()
         chosen = best.candidate
-        why = f"its log-loss, {self.score(best):.3f}, is the lowest of {len(self.tried)} candidates"
         if chosen.recipe in TRIAL_EPOCHS and self.config.run.minutes is not None:
-            epochs = int((self.left() - self.finish_seconds(chosen)) / self.costs.training(1))
+            epochs = int((self.left() - self.finish_seconds(chosen)) / self.costs.training(chosen.recipe, 1))
             epochs = int(np.clip(epochs, FEWEST_EPOCHS[chosen.recipe], MOST_EPOCHS[chosen.recipe]))
             chosen = chosen._replace(knobs={**chosen.knobs, "epochs": epochs})
             why += f"; {epochs} epochs fit into the time"
@@ -169,20 +130,26 @@ class Search:
         """Return a line that says how long the run will take."""
         if self.config.run.minutes is not None:
             return f"the whole run shall take {self.config.run.minutes:g} minutes; trying what fits"
-        costs, largest, part = self.costs, self.larger() or self.size, (FOLDS - 1) / FOLDS
+        costs, largest = self.costs, self.larger() or self.size
         cheap = sum(map(costs.features, {self.size, largest})) + costs.features(self.size)
         cheap += costs.features(largest, len(CROPS) * VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
-        light = cheap + costs.training(TRIAL_EPOCHS["full"] / 2 + TRIAL_EPOCHS["light"], part)
+        trials = {
+            recipe: costs.training(recipe, self.trial_size(epochs)) for recipe, epochs in TRIAL_EPOCHS.items()
+        }
+        final = {recipe: costs.training(recipe, RECIPES[recipe].optim.epochs) for recipe in TRIAL_EPOCHS}
+        light = cheap + trials["full"] / 2 + trials["light"]
         ends = {
             "a fitted head": light,
-            "light fine-tuning": light + costs.training(RECIPES["light"].optim.epochs),
-            "full fine-tuning": cheap
-            + costs.training(TRIAL_EPOCHS["full"], part)
-            + costs.training(RECIPES["full"].optim.epochs),
+            "light fine-tuning": light + final["light"],
+            "full fine-tuning": cheap + trials["full"] + final["full"],
         }
         return "expected to take " + ", ".join(
             f"{each / 60:.1f} minutes if {name} is best" for name, each in ends.items()
         )
+
+    def trial_size(self, epochs: float) -> float:
+        """Return how many epochs on all of train a trial of so many epochs is."""
+        return epochs * sum(len(learned) for learned, _ in self.trial_folds) / len(self.labels)
 
     def finish_seconds(self, candidate: Candidate) -> float:
         """Return the seconds of a candidate's final run, without those of its epochs."""
@@ -192,9 +159,9 @@ class Search:
 
     def trial_seconds(self, recipe: str) -> float:
         """Return the seconds of the shortest trial of a recipe and of its shortest final run."""
-        shortest = self.costs.training(TRIAL_EPOCHS[recipe] / 2, (FOLDS - 1) / FOLDS)
-        final = self.costs.training(FEWEST_EPOCHS[recipe])
-        return shortest + final + self.finish_seconds(self.source_probe(self.best_source[3]))
+        epochs = self.trial_size(TRIAL_EPOCHS[recipe] / 2) + FEWEST_EPOCHS[recipe]
+        final = self.finish_seconds(self.source_probe(self.best_source[3]))
+        return self.costs.training(recipe, epochs) + final
 
     def larger(self) -> int | None:
         """Return a size above the model's own that is tried too; None if the size is given or fixed."""
@@ -212,7 +179,7 @@ class Search:
         for knobs in geometries:
             size = knobs.get("image_size", self.size)
             cost = self.costs.features(size) + self.costs.evaluation(size) + FIXED_SECONDS
-            if self.tried and cost > self.left():
+            if self.board.tried and cost > self.left():
                 continue
             begun = time.perf_counter()
             extractor, prior_of = self.extractor(knobs)
@@ -226,8 +193,8 @@ class Search:
             )
             outputs, layers = launch.run_on_main(self.accelerator, fit)
             tried = self.add(self.source_probe(knobs, f", {self.geometry_name(knobs)}"), outputs)
-            self.starts.append((tried, layers[0]))
-            if tried is self.reference():
+            self.starts.append((tried, layers))
+            if tried is self.board.reference():
                 self.best_source = extractor, prior_of, features, knobs
             if knobs["preprocessing"] == "chapter":
                 fit = functools.partial(self.cross_validate_probe, features)
@@ -282,18 +249,18 @@ class Search:
             self.cropped[name] = tried
 
     def try_training(self) -> None:
-        """Try fine-tuning on all folds but the first, tested on that one."""
+        """Try fine-tuning on all folds but one, tested on that one."""
         crop = self.training_crop()
-        self.starts.sort(key=lambda pair: self.score(pair[0]))
+        self.starts.sort(key=lambda pair: pair[0].losses.mean())
         best_start = self.starts[0]
         own_start = next(pair for pair in self.starts if "image_size" not in pair[0].candidate.knobs)
-        head = self.reference()
         full = {**own_start[0].candidate.knobs, **crop}
         self.try_way(Candidate("full fine-tuning", "full", full), own_start[1])
         if self.config.run.minutes is not None:
             other = next(each for each in CROPS.values() if each != crop)
             self.try_way(Candidate("full fine-tuning, other crops", "full", full | other), own_start[1])
-        if min(map(self.score, self.tried)) < MUCH_BETTER * self.score(head):
+        heads_best, best = (self.board.score(each) for each in (self.board.reference(), self.board.best()[0]))
+        if best < MUCH_BETTER * heads_best:
             return
         # On crops of the model's own size: things in random crops are larger than in the whole photo, so that
         # the larger size of evaluation suits it (Touvron et al. 2019, arXiv 1906.06423).
@@ -312,20 +279,33 @@ class Search:
         gain = self.cropped[usual].losses - self.cropped[gentle].losses
         return CROPS[gentle if gain.mean() > gain.std() / math.sqrt(len(gain)) else usual]
 
-    def try_way(self, way: Candidate, layer: Layer) -> None:
-        """Try a fine-tuning from a fitted head, if there is time for it: fewer epochs if there is little."""
-        final = self.costs.training(FEWEST_EPOCHS[way.recipe]) + self.finish_seconds(way)
-        epochs = (self.left() - final) / self.costs.training(1, (FOLDS - 1) / FOLDS)
-        most = TRIAL_EPOCHS[way.recipe]
-        if epochs >= most / 2:
-            self.train_part(way, layer, int(min(epochs, most)))
+    def try_way(self, way: Candidate, layers: list[Layer]) -> None:
+        """Try a fine-tuning from fitted heads, if there is time for it: fewer epochs if there is little."""
+        recipe, most = way.recipe, TRIAL_EPOCHS[way.recipe]
+        room = self.left() - self.costs.training(recipe, FEWEST_EPOCHS[recipe]) - self.finish_seconds(way)
+        epochs = min(room / self.costs.training(recipe, self.trial_size(1)), most)
+        if epochs < most / 2:
+            return
+        parts = []
+        for fold, layer in zip(self.trial_folds, layers, strict=False):
+            part, given_up = self.train_part(way, layer, fold, int(epochs))
+            parts.append(part)
+            if given_up:
+                break
+        rows = np.concatenate([held_back for _, held_back in self.trial_folds[: len(parts)]])
+        tried = self.board.add(way, np.concatenate(parts), rows, trained=True, given_up=given_up)
+        self.accelerator.print(self.board.describe(tried))
 
-    def train_part(self, way: Candidate, layer: Layer, epochs: int) -> None:
-        """Train a candidate from a fitted head on all folds but the first, and test it on that one."""
-        learned, rows = self.folds[0]
-        best = min(self.tried, key=self.score)
-        hopeless = HOPELESS * best.losses[np.searchsorted(best.rows, rows)].mean()
-        job = self.build_part(way, layer, epochs)
+    def train_part(
+        self, way: Candidate, layer: Layer, fold: tuple[np.ndarray, np.ndarray], epochs: int
+    ) -> tuple[np.ndarray, bool]:
+        """Train a candidate from a fitted head on all folds but one, and test it on that one.
+
+        Returns log-probabilities [n, classes] of the held-back photos, and whether it was given up halfway.
+        """
+        learned, rows = fold
+        hopeless = HOPELESS * self.board.reference().losses[rows].mean()
+        job = self.build_part(way, layer, fold, epochs)
         begun, given_up = time.perf_counter(), False
         for epoch in range(1, epochs + 1):
             job.train_loader.batch_sampler.seek(epoch)
@@ -339,19 +319,20 @@ class Search:
             job.state.totals.zero_()
             if epoch == 1:
                 seconds = functools.partial(float, (time.perf_counter() - begun) / len(learned))
-                self.costs.train_seconds = launch.run_on_main(self.accelerator, seconds)
+                self.costs.train_seconds[way.recipe] = launch.run_on_main(self.accelerator, seconds)
             if epoch in (epochs // 2, epochs):
-                losses, correct = self.evaluate_part(job, rows)
-                given_up = epoch < epochs and losses.mean() > hopeless
+                outputs = self.evaluate_part(job)
+                given_up = epoch < epochs and self.board.losses(outputs, rows).mean() > hopeless
                 if given_up:
                     break
         launch.release(self.accelerator)
-        self.tried.append(Tried(way, rows, losses, correct, given_up))
-        self.accelerator.print(self.describe(self.tried[-1]))
+        return outputs, given_up
 
-    def build_part(self, way: Candidate, layer: Layer, epochs: int) -> Job:
-        """Return the job of a candidate that trains on all folds but the first, from a fitted head."""
-        train, (learned, rows) = self.photos.splits["train"], self.folds[0]
+    def build_part(
+        self, way: Candidate, layer: Layer, fold: tuple[np.ndarray, np.ndarray], epochs: int
+    ) -> Job:
+        """Return the job of a candidate that trains on all folds but one, from a fitted head."""
+        train, (learned, rows) = self.photos.splits["train"], fold
         part = {"train": train.select(learned), "test": train.select(rows)}
         knobs = {**way.knobs, "head_init": "linear", "probe_views": 0, "source_class": (), "epochs": epochs}
         config = settle(self.config, way.recipe, knobs | {"compile": False})
@@ -360,75 +341,18 @@ class Search:
         heads.set_head(job.net, *layer)
         return job
 
-    def evaluate_part(self, job: Job, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the log-loss [n] of the held-back photos, and whether each is right [n]."""
+    def evaluate_part(self, job: Job) -> np.ndarray:
+        """Return log-probabilities [n, classes] of the held-back photos."""
         state = job.state
         network = state.average.module if state.average else state.model
         sharding.broadcast_state(network)
         probabilities, _ = engine.predict(
             self.accelerator, network, job.eval_loaders["test"], "held-back part", stop=self.stop
         )
-        return self.scores_of(np.log(np.maximum(probabilities.double().cpu().numpy(), 1e-30)), rows)
-
-    def scores_of(self, log_probabilities: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the weighted log-loss [n] of photos and whether each is right [n]."""
-        labels = self.labels[rows]
-        losses = -log_probabilities[np.arange(len(rows)), labels]
-        if self.weights is not None:
-            losses = losses * self.weights[labels]
-        return losses, log_probabilities.argmax(axis=1) == labels
+        return np.log(np.maximum(probabilities.double().cpu().numpy(), 1e-30))
 
     def add(self, candidate: Candidate, log_probabilities: np.ndarray) -> Tried:
-        """Record a candidate that was cross-validated on all photos."""
-        rows = np.arange(len(self.labels))
-        tried = Tried(candidate, rows, *self.scores_of(log_probabilities, rows))
-        self.tried.append(tried)
-        self.accelerator.print(self.describe(tried))
+        """Record a fitted head that was cross-validated on all photos."""
+        tried = self.board.add(candidate, log_probabilities, np.arange(len(self.labels)))
+        self.accelerator.print(self.board.describe(tried))
         return tried
-
-    def reference(self) -> Tried:
-        """Return the best candidate of those that were cross-validated."""
-        whole = [each for each in self.tried if len(each.rows) == len(self.labels)]
-        return min(whole, key=lambda each: each.losses.mean())
-
-    def score(self, tried: Tried) -> float:
-        """Return the estimated log-loss on all photos.
-
-        For one that was tested on a part: that of the best cross-validated one, plus their difference there.
-        """
-        if len(tried.rows) == len(self.labels):
-            return float(tried.losses.mean())
-        best = self.reference()
-        return float(best.losses.mean() + (tried.losses - best.losses[tried.rows]).mean())
-
-    def row(self, tried: Tried) -> dict:
-        """Return what choice.json says of one candidate; `_se` are standard errors."""
-        count, losses = len(tried.rows), tried.losses
-        accuracy = float(tried.correct.mean())
-        if count < len(self.labels):
-            losses = losses - self.reference().losses[tried.rows]
-        how = "cross-validation" if count == len(self.labels) else "part held back"
-        return {
-            "name": tried.candidate.name,
-            "recipe": tried.candidate.recipe,
-            "knobs": tried.candidate.knobs,
-            "log_loss": round(self.score(tried), 4),
-            "log_loss_se": round(float(losses.std() / math.sqrt(count)), 4),
-            "accuracy": round(accuracy, 4),
-            "accuracy_se": round(math.sqrt(accuracy * (1 - accuracy) / count), 4),
-            "photos": count,
-            "how": how + (", given up" if tried.given_up else ""),
-        }
-
-    def describe(self, tried: Tried) -> str:
-        """Return a line of the table."""
-        row = self.row(tried)
-        return (
-            f"{row['name']:<58} {row['log_loss']:>7.3f} ± {row['log_loss_se']:.3f}"
-            f" {row['accuracy']:>7.3f} ± {row['accuracy_se']:.3f}  {row['photos']} photos, {row['how']}"
-        )
-
-    def table(self) -> str:
-        """Return all candidates, the best first."""
-        head = f"{'tried on parts of train':<58} {'log-loss':>9}        {'accuracy':>8}"
-        return "\n".join([head, *(self.describe(each) for each in sorted(self.tried, key=self.score))])

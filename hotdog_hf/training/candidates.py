@@ -1,0 +1,149 @@
+"""What the recipe "best" chooses from: candidates, what each reached on held-back photos, what they cost."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Candidate(NamedTuple):
+    """A recipe that may be chosen: its name in the table, and the knobs that differ from a named one."""
+
+    name: str
+    recipe: str
+    knobs: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """A candidate with the log-loss [n] of its held-back photos, and whether each was right [n]."""
+
+    candidate: Candidate
+    # The rows of train that were held back: of a head all of them, of a fine-tuning at least one fold.
+    rows: np.ndarray
+    losses: np.ndarray
+    correct: np.ndarray
+    trained: bool = False
+    given_up: bool = False
+
+
+class Board:
+    """The candidates that were tried; `weights` are those of the classes in the log-loss, None: all 1."""
+
+    def __init__(self, labels: np.ndarray, weights: np.ndarray | None):
+        self.labels, self.weights = labels, weights
+        self.tried: list[Tried] = []
+
+    def add(
+        self,
+        candidate: Candidate,
+        log_probabilities: np.ndarray,
+        rows: np.ndarray,
+        trained: bool = False,
+        given_up: bool = False,
+    ) -> Tried:
+        """Record a candidate by its log-probabilities [n, classes] of the photos in these rows [n]."""
+        losses = self.losses(log_probabilities, rows)
+        correct = log_probabilities.argmax(axis=1) == self.labels[rows]
+        self.tried.append(Tried(candidate, rows, losses, correct, trained, given_up))
+        return self.tried[-1]
+
+    def losses(self, log_probabilities: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return the weighted log-loss [n] of the photos in these rows [n]."""
+        labels = self.labels[rows]
+        losses = -log_probabilities[np.arange(len(rows)), labels]
+        return losses if self.weights is None else losses * self.weights[labels]
+
+    def reference(self) -> Tried:
+        """Return the best of the fitted heads, which were tested on all photos."""
+        return min((each for each in self.tried if not each.trained), key=lambda each: each.losses.mean())
+
+    def differences(self, tried: Tried) -> np.ndarray:
+        """Return by how much the log-losses [n] are above those that the best head has on the same photos."""
+        return tried.losses - self.reference().losses[tried.rows]
+
+    def score(self, tried: Tried) -> float:
+        """Return the estimated log-loss on all photos: the best head's, plus the difference to it."""
+        return float(self.reference().losses.mean() + self.differences(tried).mean())
+
+    def error(self, tried: Tried) -> float:
+        """Return the standard error of the log-loss; of a fine-tuning, of the difference to the best head."""
+        losses = self.differences(tried) if tried.trained else tried.losses
+        return float(losses.std(ddof=min(1, len(losses) - 1)) / math.sqrt(len(losses)))
+
+    def best(self) -> tuple[Tried, str]:
+        """Return the candidate to choose, and why.
+
+        A fine-tuning must be better than the best head by more than the standard error of the difference, as
+        it is tested on fewer photos.
+        """
+        trained = [each for each in self.tried if each.trained and not each.given_up]
+        better = [each for each in trained if -self.differences(each).mean() > self.error(each)]
+        if better:
+            best = min(better, key=self.score)
+            why = "is lower than that of the best fitted head by more than a standard error"
+        else:
+            best = self.reference()
+            why = "is the lowest of the fitted heads"
+            why += ", and no fine-tuning's is lower by more than a standard error" if trained else ""
+        return best, f"its log-loss, {self.score(best):.3f}, {why}"
+
+    def rows(self) -> list[dict]:
+        """Return what choice.json says of each candidate, the lowest log-loss first."""
+        return [self.row(each) for each in sorted(self.tried, key=self.score)]
+
+    def row(self, tried: Tried) -> dict:
+        """Return what choice.json says of one candidate; `_se` are standard errors."""
+        count, accuracy = len(tried.rows), float(tried.correct.mean())
+        how = "part held back" if tried.trained else "cross-validation"
+        return {
+            "name": tried.candidate.name,
+            "recipe": tried.candidate.recipe,
+            "knobs": tried.candidate.knobs,
+            "log_loss": round(self.score(tried), 4),
+            "log_loss_se": round(self.error(tried), 4),
+            "accuracy": round(accuracy, 4),
+            "accuracy_se": round(math.sqrt(accuracy * (1 - accuracy) / count), 4),
+            "photos": count,
+            "how": how + (", given up" if tried.given_up else ""),
+        }
+
+    def describe(self, tried: Tried) -> str:
+        """Return a line of the table."""
+        row = self.row(tried)
+        return (
+            f"{row['name']:<64} {row['log_loss']:>7.3f} ± {row['log_loss_se']:.3f}"
+            f" {row['accuracy']:>7.3f} ± {row['accuracy_se']:.3f}  {row['photos']} photos, {row['how']}"
+        )
+
+    def table(self) -> str:
+        """Return all candidates, the lowest log-loss first."""
+        head = f"{'tried on parts of train':<64} {'log-loss':>9}        {'accuracy':>8}"
+        return "\n".join([head, *(self.describe(each) for each in sorted(self.tried, key=self.score))])
+
+
+@dataclasses.dataclass
+class Costs:
+    """Seconds of what a search may do: estimated from seconds per photo at the model's own size."""
+
+    # The model's own input side, photos of train, and photos of the splits that are evaluated.
+    size: int
+    train_photos: int
+    eval_photos: int
+    # Seconds per photo of training, by recipe, and of evaluation, measured at the start on photos in memory,
+    # then on what was done.
+    train_seconds: dict[str, float]
+    eval_seconds: float
+
+    def features(self, size: int, views: int = 1) -> float:
+        """Return the seconds of passing all of train through the network once per view."""
+        return views * self.train_photos * self.eval_seconds * (size / self.size) ** 2
+
+    def evaluation(self, size: int) -> float:
+        """Return the seconds of evaluating test and validation once."""
+        return self.eval_photos * self.eval_seconds * (size / self.size) ** 2
+
+    def training(self, recipe: str, epochs: float) -> float:
+        """Return the seconds of so many epochs on train, on crops of the model's own size."""
+        return epochs * self.train_photos * self.train_seconds[recipe]
