@@ -89,7 +89,9 @@ def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, m
     assert one.record["chosen"] == tried[0]["name"] and one.config.recipe == tried[0]["recipe"]
     for row in tried:
         on_part = row["recipe"] in ("full", "light")
-        assert row["how"].startswith("part held back") == on_part and row["photos"] == 25  # too few for one fold
+        assert (
+            row["how"].startswith("part held back") == on_part and row["photos"] == 25
+        )  # too few for one fold
 
 
 def test_a_resumed_run_trains_what_was_chosen(tiny_weights, photos_dir, tmp_path, monkeypatch, capsys):

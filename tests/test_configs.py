@@ -23,8 +23,10 @@ from accelerate.utils.dataclasses import DistributedType
 from conftest import ROOT, TINY_MODEL, begin, run
 from test_scripts import metrics_of
 
+from hotdog_hf.config import override, parse_train_config
+from hotdog_hf.errors import UserError
 from hotdog_hf.model.saved import load_model
-from hotdog_hf.training import checkpoint, sharding
+from hotdog_hf.training import checkpoint, job, sharding
 
 CONFIGS = ROOT / "configs"
 LAUNCH = ("accelerate", "launch", "--config_file")
@@ -147,7 +149,7 @@ def test_two_cpu_processes_compute_as_one(alone, tmp_path, photos_dir, tiny_weig
 
 # A fitted head, AdamW, an average of the weights, accumulation, a saved epoch: everything that is sharded.
 LIGHT = (
-    *("--recipe", "light", "--val-fraction", 0.25, "--label-smoothing", 0.1),
+    *("--recipe", "light", "--frozen-share", 0, "--val-fraction", 0.25, "--label-smoothing", 0.1),
     *("--learning-rate", 0.003, "--schedule", "constant", "--warmup-fraction", 0),
     # Five and four photos: without care three pieces for the one process, two for the other.
     *("--batch-size", 9, "--gradient-accumulation-steps", 3),
@@ -182,6 +184,17 @@ def in_pieces(tmp_path_factory, photos_dir, tiny_weights):
 
 def test_a_network_in_pieces_computes_as_one_process(in_pieces, light_alone):
     assert_same_numbers(metrics_of(in_pieces / "runs/it")[:3], light_alone[:3])
+
+
+@pytest.mark.parametrize(
+    ("flags", "flag"), [((), "--frozen-share 0.5"), (("--frozen-share", 0, "--freeze-body"), "--freeze-body")]
+)
+def test_pieces_above_frozen_layers_do_not_accumulate_gradients(flags, flag):
+    config = parse_train_config(["--recipe", "light", "--gradient-accumulation-steps", "2", *map(str, flags)])
+    with pytest.raises(UserError, match=f"{flag}: FSDP does not accumulate"):
+        job.check_sharded(config)
+    job.check_sharded(override(config, gradient_accumulation_steps=1))
+    job.check_sharded(override(config, frozen_share=0.0, freeze_body=False))
 
 
 @pytest.mark.parametrize(
