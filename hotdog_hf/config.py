@@ -19,8 +19,8 @@ import tyro
 # Knobs that change neither weights nor metrics: they may differ when a run is resumed. The photos, and what
 # the tables of labels say, are compared by themselves.
 HARMLESS = frozenset(
-    "data_dir labels num_workers output_dir resume resume_anyway checkpoint_every keep_checkpoints tracker"
-    " push_to_hub private license".split()
+    "data_dir labels cache_images cache_size num_workers output_dir resume resume_anyway checkpoint_every"
+    " keep_checkpoints tracker push_to_hub private license".split()
 )
 # Knobs that may differ on resume with --resume-anyway: the epochs already done stay valid.
 CHANGEABLE = frozenset(["epochs", "num_threads"])
@@ -79,6 +79,11 @@ class DataConfig:
     streaming: bool = False
     # Size of the shuffle buffer of a stream, in photos; the order of its shards is shuffled too.
     shuffle_buffer: int = 1000
+    # Keep decoded photos on disk, so that each is decoded once and not in every epoch: "auto" does so in the
+    # user's cache folder for large photos that are read several times and fit, "off" never, a folder always.
+    cache_images: str = "auto"
+    # Gigabytes that decoded photos may take. Those not used for the longest time make room for a new run's.
+    cache_size: float = 10.0
     # Loader processes. Unset: all cores but one, up to 16 per GPU; on a CPU one per 16 cores, as the network
     # needs the others.
     num_workers: int | None = None
@@ -89,6 +94,13 @@ class DataConfig:
         _require_each(self, "min_crop_area", lambda area: 0 < area <= 1, "must be above 0 and at most 1")
         _require_each(self, "shuffle_buffer", lambda count: count >= 1, "must be 1 or more")
         _require_each(self, "num_workers", lambda count: count >= 0, "must be 0 or more")
+        _require_each(self, "cache_size", lambda size: 0 < size < math.inf, "must be above 0")
+        _require(
+            not (self.streaming and self.cache_images not in ("auto", "off")),
+            "--cache-images",
+            self.cache_images,
+            "needs photos that are not streamed: those may be more than the disk holds",
+        )
         _require(
             not (self.streaming and self.val_fraction),
             "--val-fraction",

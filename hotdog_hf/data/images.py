@@ -1,16 +1,21 @@
 """Decoding and resizing of images, the same for every use. Imports no torch: ONNX predicts without it."""
 
 import contextlib
+import functools
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from hotdog_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from hotdog_hf.data.decoded import DecodedCache
 
 # The photos of iPhones, which are read if pi-heif is installed.
 HEIF_SUFFIXES = frozenset(".heic .heif .hif".split())
@@ -37,6 +42,7 @@ SIDEWAYS = {TURNS[orientation] for orientation in (5, 6, 7, 8)}
 # are needed: resizing then averages over 2 x 2 pixels or more, as it does at full size.
 SPARE_SIZE = 2
 REDUCTIONS = (8, 4, 2)
+REDUCIBLE = ("JPEG", "MPO")
 
 Source = str | os.PathLike | bytes | Image.Image
 
@@ -50,10 +56,14 @@ class Photo:
 
     A phone's photo has 12 million pixels, of which a network sees 50,000. A JPEG can be decoded at a fraction
     of its size in a third of the time, and is then resized faster. `size` is the upright photo's width and
-    height. Raises `UnreadableImageError` naming the file.
+    height. Pixels in the `cache` are not decoded again. Raises `UnreadableImageError` naming the file.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, cache: Optional["DecodedCache"] = None):
+        # Takes the reduction and a function that decodes.
+        self._cached: Callable[[int, Callable[[], Image.Image]], Image.Image] = lambda _, decode: decode()
+        if cache and not isinstance(source, Image.Image):
+            self._cached = functools.partial(cache.get, source)
         self.name = source if isinstance(source, (str, os.PathLike)) else "image"
         # A JPEG waits for `decode`. The others decode only whole, and some end with their EXIF block.
         self._jpeg = self._decoded = None
@@ -68,12 +78,12 @@ class Photo:
 
     def _open(self, file: str | os.PathLike | io.BytesIO) -> None:
         image = Image.open(file)
-        if image.format in ("JPEG", "MPO"):
+        if image.format in REDUCIBLE:
             self._jpeg = image
             self.size = image.size[::-1] if _turn_of(image) in SIDEWAYS else image.size
         else:
             with image:
-                self._decoded = _to_rgb(_upright(image))
+                self._decoded = self._cached(1, lambda: _to_rgb(_upright(image)))
                 self.size = self._decoded.size
 
     def decode(self, reduction: int = 1) -> Image.Image:
@@ -83,27 +93,35 @@ class Photo:
         """
         if self._jpeg is not None:
             with _naming_errors(self.name), self._jpeg as image:
-                _check_size(image)
-                if reduction > 1:
-                    image.draft(None, (image.width // reduction, image.height // reduction))
-                self._decoded, self._jpeg = _to_rgb(_upright(image)), None
+                self._decoded = self._cached(reduction, lambda: _decode_jpeg(image, reduction))
+            self._jpeg = None
         return self._decoded
 
-    def reduction_for(self, needed: tuple[float, float], region: tuple[int, int] | None = None) -> int:
-        """Return the largest reduction that leaves `SPARE_SIZE` times the `needed` width and height.
+    def reduction_for(self, needed: tuple[float, float], min_area: float | None = None) -> int:
+        """Return the largest reduction that leaves enough pixels to resize to the `needed` width and height.
 
-        `region` is the width and height of the part that is resized to `needed`; None: the whole photo.
+        Enough is `SPARE_SIZE` times the `needed` sides. If crops are resized that cover at least the share
+        `min_area` of the photo, a square one of that area keeps at least `needed`: most are larger. All crops
+        of a photo are then cut from the same pixels, which are decoded once if they are cached.
         """
         if self._jpeg is None:
             return 1
-        spare = min(side / goal for side, goal in zip(region or self.size, needed, strict=True)) / SPARE_SIZE
+        if min_area is None:
+            spare = min(side / goal for side, goal in zip(self.size, needed, strict=True)) / SPARE_SIZE
+        else:
+            spare = math.sqrt(min_area * math.prod(self.size)) / max(needed)
         return next((reduction for reduction in REDUCTIONS if reduction <= spare), 1)
 
 
-def open_photo(row: dict) -> Photo:
-    """Open the `image` of a dataset row, which holds a path (a folder) or bytes (the Hub)."""
+def source_of(row: dict) -> Source:
+    """Return the path (of a folder) or the bytes (of the Hub) in the `image` of a dataset row."""
     image = row["image"]
-    return Photo(image["path"] if image["bytes"] is None else image["bytes"])
+    return image["path"] if image["bytes"] is None else image["bytes"]
+
+
+def open_photo(row: dict, cache: Optional["DecodedCache"] = None) -> Photo:
+    """Open the `image` of a dataset row."""
+    return Photo(source_of(row), cache)
 
 
 def read_photo(row: dict) -> Image.Image:
@@ -135,6 +153,13 @@ def _naming_errors(name: object) -> Iterator[None]:
         if Path(str(name)).suffix.lower() in HEIF_SUFFIXES - IMAGE_SUFFIXES:
             reason = 'HEIC needs pip install -e ".[heic]"'
         raise UnreadableImageError(f"cannot read {name} as an image: {reason}") from error
+
+
+def _decode_jpeg(image: Image.Image, reduction: int) -> Image.Image:
+    _check_size(image)
+    if reduction > 1:
+        image.draft(None, (image.width // reduction, image.height // reduction))
+    return _to_rgb(_upright(image))
 
 
 def _check_size(image: Image.Image) -> None:
@@ -220,9 +245,12 @@ def resized_and_cropped(image: Photo | Image.Image, data_config: dict) -> Image.
 
 def reduced(image: Photo | Image.Image, data_config: dict) -> Image.Image:
     """Decode a photo at the smallest size that is enough for `resize_and_crop`; return an RGB image as is."""
-    if not isinstance(image, Photo):
-        return image
-    return image.decode(image.reduction_for(_resized(image.size, data_config)))
+    return image.decode(reduction_of(image, data_config)) if isinstance(image, Photo) else image
+
+
+def reduction_of(photo: Photo, data_config: dict) -> int:
+    """Return the reduction at which `resize_and_crop` decodes a photo."""
+    return photo.reduction_for(_resized(photo.size, data_config))
 
 
 def _resized(size: tuple[int, int], data_config: dict) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 
+from hotdog_hf.data.decoded import DecodedCache
 from hotdog_hf.data.groups import merge_groups
 from hotdog_hf.data.images import open_photo
 from hotdog_hf.data.transforms import Transform, derive_seed
@@ -46,8 +47,14 @@ class PhotoDataset(torch.utils.data.Dataset):
     # Threads per batch; None: as many as torch uses.
     threads: int | None = None
 
-    def __init__(self, rows: datasets.Dataset, transform: Transform, seed: int = 0):
-        self.rows, self.transform, self.seed = rows, transform, seed
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        transform: Transform,
+        seed: int = 0,
+        cache: DecodedCache | None = None,
+    ):
+        self.rows, self.transform, self.seed, self.cache = rows, transform, seed, cache
         self.labels = np.asarray(rows["label"][:], dtype=np.int64)
         # The groups of a table of labels, which no fold may separate; None without any.
         self.groups = None
@@ -72,7 +79,8 @@ class PhotoDataset(torch.utils.data.Dataset):
 
     def pixel_values(self, epoch: int, index: int) -> torch.Tensor:
         """Return the bytes of the transformed photo, uint8 [3, H, W]."""
-        return self.transform.pixels(open_photo(self.rows[index]), self.seed, epoch, index)
+        photo = open_photo(self.rows[index], self.cache)
+        return self.transform.pixels(photo, self.seed, epoch, index)
 
     def network_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the network's input for a batch, float [N, 3, H, W], on the batch's device."""

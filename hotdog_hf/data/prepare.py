@@ -1,17 +1,25 @@
-"""Photos ready to use: downloaded or drawn if they are the project's own, checked, loaded."""
+"""Photos ready to use: downloaded or drawn if they are the project's own, checked, loaded, cached."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import io
+import math
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 
 from hotdog_hf.config import DEFAULT_DATA_DIR, SAMPLE_DATA_DIR, DataConfig
 from hotdog_hf.data import check, labels, stream
+from hotdog_hf.data.decoded import HEAD, DecodedCache
 from hotdog_hf.data.download import download_photos
+from hotdog_hf.data.images import REDUCIBLE, Photo, source_of
 from hotdog_hf.data.sample import draw_sample
 from hotdog_hf.data.splits import (
     HUB_DATA_PREFIX,
@@ -21,7 +29,16 @@ from hotdog_hf.data.splits import (
     load_splits,
     photos_to_hold_back,
 )
+from hotdog_hf.data.transforms import Transform
 from hotdog_hf.errors import UserError
+from hotdog_hf.files import writing_to
+from hotdog_hf.machine import cache_dir
+
+# By default photos are kept if half of them have at least so many pixels: decoding 2 million takes longer
+# than everything else that a photo needs before the network.
+LARGE_PHOTO = 2_000_000
+# Photos whose headers tell how large the others are.
+SAMPLE_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -112,3 +129,57 @@ def _check(config: DataConfig, progress: bool) -> Found:
     if config.labels:
         summary += "\n" + labels.describe(config.labels, config.data_dir)
     return Found(summary, skipped)
+
+
+def choose_cache(
+    config: DataConfig, photos: Photos, uses: Mapping[str, Sequence[Transform]], reads: int
+) -> tuple[DecodedCache | None, str]:
+    """Return the cache for a run's photos, or None if there is none, and a line to print about it.
+
+    `uses` are the transforms that each split is read with, `reads` is how often a photo is read. Raises
+    `UserError` if the folder of --cache-images cannot be written.
+    """
+    auto, limit = config.cache_images == "auto", round(config.cache_size * 1e9)
+    if config.cache_images == "off" or config.streaming or (auto and reads < 2):
+        return None, ""
+    cache = DecodedCache(cache_dir() / "decoded" if auto else Path(config.cache_images), limit)
+    pixels, sizes, missing = _sample(cache, photos, uses)
+    if auto and (not pixels or statistics.median(pixels) < LARGE_PHOTO):
+        return None, ""
+    count = sum(len(photos.splits[split]) for split in uses)
+    total, missing = (round(sum(each) / max(len(each), 1) * count) for each in (sizes, missing))
+    needs = f"{count} decoded photos need about {total / 1e9:.1f} GB"
+    try:
+        with writing_to(cache.folder):
+            cache.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(cache.folder).free
+    except UserError:
+        if auto:  # a user without a home
+            return None, ""
+        raise
+    if auto and total > limit:
+        return None, f"not cached: {needs}, more than --cache-size {config.cache_size:g}"
+    if auto and missing > free / 2:
+        return None, f"not cached: {needs}, and {cache.folder} has {free / 1e9:.1f} GB free"
+    cache.make_room(max(min(missing, limit - (total - missing)), 0))
+    size = f"about {total / 1e9:.1f} GB of {config.cache_size:g} GB"
+    return cache, f"caching {count} decoded photos in {cache.folder}: {size}"
+
+
+def _sample(
+    cache: DecodedCache, photos: Photos, uses: Mapping[str, Sequence[Transform]]
+) -> tuple[list[int], list[int], list[int]]:
+    """Return for some photos: their pixels, the bytes of what is decoded of them, and those not there yet."""
+    pixels, sizes, missing = [], [], []
+    places = [(split, index) for split in uses for index in range(len(photos.splits[split]))]
+    for split, index in places[:: max(len(places) // SAMPLE_SIZE, 1)]:
+        source = source_of(photos.splits[split][index])
+        with contextlib.suppress(OSError, UserError):  # a broken file is named when it is used
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                (width, height), reducible = image.size, image.format in REDUCIBLE
+            reductions = {each.reduction(Photo(source)) for each in uses[split]} if reducible else {1}
+            each = {by: HEAD.size + 3 * math.ceil(width / by) * math.ceil(height / by) for by in reductions}
+            pixels.append(width * height)
+            sizes.append(sum(each.values()))
+            missing.append(sum(size for by, size in each.items() if not cache.holds(source, by)))
+    return pixels, sizes, missing

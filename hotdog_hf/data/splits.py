@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hotdog_hf.data import labels as label_tables
+from hotdog_hf.data.decoded import DecodedCache
 from hotdog_hf.data.folder import SPLIT_FOLDERS
 from hotdog_hf.data.groups import content_groups, hold_back
 from hotdog_hf.data.images import read_photo
@@ -56,6 +57,8 @@ class Photos:
     cut_by_content: bool = False
     # What the tables of labels say, hashed; None without any.
     labels_digest: str | None = None
+    # Where decoded photos are kept, if they are.
+    cache: DecodedCache | None = None
 
     @property
     def label_names(self) -> list[str]:

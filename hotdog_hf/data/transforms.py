@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from hotdog_hf.data.images import Photo, resized_and_cropped
+from hotdog_hf.data.images import Photo, reduction_of, resized_and_cropped
 
 
 class ResizeAndCrop:
@@ -24,6 +24,10 @@ class ResizeAndCrop:
         """Return the photo's bytes, uint8 [3, H, W]: those that prediction computes."""
         return v2.functional.pil_to_tensor(resized_and_cropped(photo, self.data_config))
 
+    def reduction(self, photo: Photo) -> int:
+        """Return the reduction at which `pixels` decodes a photo."""
+        return reduction_of(photo, self.data_config)
+
     def __call__(self, photo: Photo | Image.Image) -> torch.Tensor:
         """Return the network's input for one photo, float [3, H, W]."""
         return self.normalize(self.pixels(photo)[None])[0]
@@ -33,7 +37,7 @@ class CropAndFlip:
     """The chapter's training transform: a random resized crop and a random flip, then normalisation.
 
     torchvision's, with drawing (from torch's generator) separated from the work, which threads share. Crops
-    are drawn from the photo's full size, then cut from a `Photo` decoded at the size that this crop needs.
+    are drawn from the photo's full size, then cut from a `Photo` decoded at the size that all crops need.
     """
 
     # All threads share torch's generator.
@@ -55,12 +59,16 @@ class CropAndFlip:
         cropped = self._cropped(photo, **place)
         return v2.functional.pil_to_tensor(v2.functional.horizontal_flip(cropped) if flip else cropped)
 
+    def reduction(self, photo: Photo) -> int:
+        """Return the reduction at which `pixels` decodes a photo, the same for all of its crops."""
+        return photo.reduction_for(self.crop.size, self.crop.scale[0])
+
     def _cropped(
         self, photo: Photo | Image.Image, top: int, left: int, height: int, width: int
     ) -> Image.Image:
         size, reduction = tuple(self.crop.size[::-1]), 1
         if isinstance(photo, Photo):
-            reduction = photo.reduction_for(size, (width, height))
+            reduction = self.reduction(photo)
             photo = photo.decode(reduction)
         edges = [edge / reduction for edge in (left, top, left + width, top + height)]
         # As torchvision: cut first, so that the resized pixels hold nothing from outside of the crop.

@@ -75,7 +75,7 @@ def decide(
         "config": to_dict(settled),
     }
     record = launch.run_on_main(accelerator, lambda: record)
-    return Decision(settled, photos, record, time.perf_counter() - started)
+    return Decision(settled, search.photos, record, time.perf_counter() - started)
 
 
 def _recorded(config: TrainConfig) -> dict | None:

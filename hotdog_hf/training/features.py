@@ -16,6 +16,7 @@ import torchvision
 from accelerate import Accelerator
 
 from hotdog_hf.data import images
+from hotdog_hf.data.decoded import DECODING_RULE
 from hotdog_hf.data.loaders import FeatureDataset, PhotoDataset, eval_loader
 from hotdog_hf.data.splits import Photos
 from hotdog_hf.data.transforms import derive_seed, eval_transform, train_transform
@@ -41,7 +42,8 @@ class FeatureExtractor:
 
     def split(self, name: str, seed: int = 0) -> FeatureDataset:
         """Return the features of a split, its photos preprocessed as for evaluation."""
-        photo_set = PhotoDataset(self.photos.splits[name], eval_transform(self.data_config), seed)
+        transform, cache = eval_transform(self.data_config), self.photos.cache
+        photo_set = PhotoDataset(self.photos.splits[name], transform, seed, cache)
         return self._pooled(photo_set, self._facts(name), name)
 
     def crops(
@@ -51,7 +53,8 @@ class FeatureExtractor:
         crop, views = train_transform(self.data_config, None, min_crop_area, flip), []
         facts = self._facts(name) if count else []
         for view in range(1, count + 1):
-            photo_set = PhotoDataset(self.photos.splits[name], crop, derive_seed(seed, view))
+            rows, cache = self.photos.splits[name], self.photos.cache
+            photo_set = PhotoDataset(rows, crop, derive_seed(seed, view), cache)
             view_facts = [*facts, min_crop_area, seed, view, *([] if flip else ["no flip"])]
             views.append(self._pooled(photo_set, view_facts, f"crops {view}/{count}"))
         return views
@@ -98,7 +101,7 @@ def _key(net: torch.nn.Module, facts: object) -> str:
     head = {id(parameter) for parameter in net.get_classifier().parameters()}
     # What decodes, resizes and computes; another version may differ in the last digits, or by more.
     versions = [library.__version__ for library in (PIL, torchvision, timm, torch)]
-    versions += [images.SPARE_SIZE, images.REDUCTIONS]
+    versions += [images.SPARE_SIZE, images.REDUCTIONS, DECODING_RULE]
     digest = hashlib.sha256(json.dumps([facts, versions], default=list).encode())
     for name, value in net.state_dict(keep_vars=True).items():
         if id(value) not in head:

@@ -1,5 +1,6 @@
 """The parts of one training run, built from its config: photos, network, loaders, optimizer."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from hotdog_hf.config import FITTED_HEADS, SOURCE_HEADS, TrainConfig
 from hotdog_hf.data import loaders, stream, transforms
-from hotdog_hf.data.prepare import open_photos
+from hotdog_hf.data.prepare import choose_cache, open_photos
 from hotdog_hf.data.splits import Photos, resolve_positive
 from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import ClassificationReport
@@ -70,6 +71,8 @@ class BuiltModel(NamedTuple):
     net: torch.nn.Module
     data_config: dict
     license: str
+    # The photos, with the cache of decoded ones.
+    photos: Photos
     # Cached features by split; training on them changes only the head.
     split_features: dict[str, loaders.FeatureDataset]
     trainable: torch.nn.Module
@@ -99,6 +102,7 @@ def build(config: TrainConfig, accelerator: Accelerator, photos: Photos | None =
     accelerator.print(f"positive class: {positive_label or 'none, so macro averages'}")
 
     model = build_model(config, accelerator, photos, workers)
+    photos = model.photos
     train_loader = build_train_loader(config, accelerator, photos, model, workers)
     eval_loaders = build_eval_loaders(config, accelerator, photos, model, workers)
     # FSDP leaves shards in the network; saving needs only this copy and the full weights.
@@ -160,6 +164,7 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
     net = net.to(accelerator.device, memory_format=transforms.MEMORY_FORMAT)
     accelerator.print(f"target head: {network.describe_head(net)}")
     accelerator.print(f"preprocessing: {data_config}")
+    photos = keep_decoded(config, accelerator, photos, data_config)
     if config.model.freeze_body:
         network.freeze_body(net)
     if config.model.frozen_share:
@@ -186,7 +191,40 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
         sharding.broadcast_state(net.get_classifier())
     trainable = net.get_classifier() if config.model.cache_features else net
     license = choose_license(config.hub.license, source_license)
-    return BuiltModel(net, data_config, license, split_features, trainable, held_out)
+    return BuiltModel(net, data_config, license, photos, split_features, trainable, held_out)
+
+
+def keep_decoded(
+    config: TrainConfig, accelerator: Accelerator, photos: Photos, data_config: dict, reads: int | None = None
+) -> Photos:
+    """Return the photos with a cache for what is decoded of them, if --cache-images asks for it or it pays.
+
+    `reads` is how often a photo of train is read; None: as often as this run does.
+    """
+    if photos.cache:
+        return photos
+    as_evaluated = transforms.eval_transform(data_config)
+    uses = {split: [as_evaluated] for split in photos.splits}
+    if config.data.augmentation == "crop":
+        uses["train"] = [
+            build_crop(config, data_config),
+            *(uses["train"] if config.model.probe_views else []),
+        ]
+    if reads is None:
+        fitted = config.model.head_init in FITTED_HEADS or config.model.cache_features
+        reads = fitted + config.model.probe_views
+        reads += 0 if config.model.cache_features else config.optim.epochs
+    choose = functools.partial(choose_cache, config.data, photos, uses, reads)
+    cache, line = launch.run_on_main(accelerator, choose)
+    if line:
+        accelerator.print(line)
+    return dataclasses.replace(photos, cache=cache)
+
+
+def build_crop(config: TrainConfig, data_config: dict) -> transforms.CropAndFlip:
+    """Return the random crops that the network trains on."""
+    knobs = config.data
+    return transforms.train_transform(data_config, knobs.train_image_size, knobs.min_crop_area, knobs.flip)
 
 
 def micro_batch_size(config: TrainConfig, accelerator: Accelerator) -> int:
@@ -203,15 +241,14 @@ def build_train_loader(
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     transform = transforms.eval_transform(model.data_config)
     if config.data.augmentation == "crop":
-        size, area = config.data.train_image_size, config.data.min_crop_area
-        transform = transforms.train_transform(model.data_config, size, area, config.data.flip)
+        transform = build_crop(config, model.data_config)
     if config.data.streaming:
         sum_processes = functools.partial(launch.sum_processes, accelerator)
         sampler = stream.StreamSampler(
             rows, batch_size, seed, config.data.shuffle_buffer, sum_processes, **share
         )
         return stream.train_loader(sampler, transform, num_workers=workers)
-    train_set = loaders.PhotoDataset(rows, transform, seed)
+    train_set = loaders.PhotoDataset(rows, transform, seed, photos.cache)
     if config.model.cache_features:
         train_set = model.split_features["train"]
     return loaders.train_loader(train_set, batch_size, num_workers=workers, **share)
@@ -228,12 +265,14 @@ def build_eval_loaders(
     transform, prepared = transforms.eval_transform(model.data_config), {}
     for split in [name for name in ("validation", "test") if name in photos.splits]:
         eval_set = model.split_features.get(split) if config.model.cache_features else None
-        eval_set = eval_set or loaders.PhotoDataset(photos.splits[split], transform, config.run.seed)
+        eval_set = eval_set or loaders.PhotoDataset(
+            photos.splits[split], transform, config.run.seed, photos.cache
+        )
         loader = loaders.eval_loader(eval_set, batch_size, num_workers=workers)
         prepared[split] = accelerator.prepare(loader)
     prepared["saved"] = prepared["test"]
     if config.model.cache_features and launch.precision_of(accelerator) != "no":
-        test_photos = loaders.PhotoDataset(photos.splits["test"], transform, config.run.seed)
+        test_photos = loaders.PhotoDataset(photos.splits["test"], transform, config.run.seed, photos.cache)
         test_loader = loaders.eval_loader(test_photos, batch_size, num_workers=workers)
         prepared["saved"] = accelerator.prepare(test_loader)
     return prepared

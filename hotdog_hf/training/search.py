@@ -21,7 +21,7 @@ from hotdog_hf.model.source import load_source, source_data_config
 from hotdog_hf.training import engine, launch, sharding
 from hotdog_hf.training.candidates import Board, Candidate, Costs, Tried
 from hotdog_hf.training.features import FeatureExtractor
-from hotdog_hf.training.job import Job, build
+from hotdog_hf.training.job import Job, build, keep_decoded
 
 FOLDS = 4
 # Random crops of each photo that a probe learns from, if it learns from crops.
@@ -86,7 +86,10 @@ class Search:
         self.board = Board(self.labels, self.weights)
         source = load_source(config.model.model, config.model.weights, config.data.image_size)
         self.fixed_size = bool(source.pretrained_cfg.get("fixed_input_size"))
-        self.size = source_data_config(source, "model", config.data.image_size)["input_size"][-1]
+        data_config = source_data_config(source, "model", config.data.image_size)
+        self.size = data_config["input_size"][-1]
+        # A photo is read by each way to preprocess it, by each crop, and in every epoch.
+        self.photos = photos = keep_decoded(config, accelerator, photos, data_config, reads=2)
         source.to(accelerator.device)
         # Reading and decoding come on top of what is measured on photos in memory.
         speeds = [1.2 * each for each in engine.measure_speed(accelerator, source, self.size)]
@@ -337,7 +340,8 @@ class Search:
         knobs = {**way.knobs, "head_init": "linear", "probe_views": 0, "source_class": (), "epochs": epochs}
         config = settle(self.config, way.recipe, knobs | {"compile": False})
         with contextlib.redirect_stdout(io.StringIO()):
-            job = build(config, self.accelerator, Photos(part, self.photos.data_dir))
+            photos = Photos(part, self.photos.data_dir, cache=self.photos.cache)
+            job = build(config, self.accelerator, photos)
         heads.set_head(job.net, *layer)
         return job
 
