@@ -126,7 +126,13 @@ def test_a_full_cache_writes_nothing_and_the_least_recently_used_make_room(tmp_p
     os.utime(cache._file(photo, 2), (1, 1))
     cache.make_room(0)
     assert len(cached_files(cache)) == 2
+    others = [cache.folder / "my/photo.rgb", cache.folder / "notes.txt"]
+    others[0].parent.mkdir()
+    for other in others:
+        other.touch()
+        os.utime(other, (0, 0))
     cache.make_room(1)
+    assert all(other.exists() for other in others)
     assert [cache.holds(photo, by) for by in (2, 4)] == [False, True]
     os.utime(cache._file(photo, 4), (1, 1))
     Photo(photo, cache).decode(4)

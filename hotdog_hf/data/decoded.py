@@ -80,9 +80,11 @@ class DecodedCache:
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
         found = []
-        for file in self.folder.glob("??/*"):
+        for file in self.folder.glob("??/*.rgb"):
+            # Only the cache's own: a user's folder may hold other files.
             with contextlib.suppress(OSError):
-                found.append((file, file.stat()))
+                if len(file.stem) == 64 and file.stem.startswith(file.parent.name):
+                    found.append((file, file.stat()))
         return found
 
     def _write(self, file: Path, image: Image.Image) -> None:

@@ -174,7 +174,8 @@ def _sample(
     places = [(split, index) for split in uses for index in range(len(photos.splits[split]))]
     for split, index in places[:: max(len(places) // SAMPLE_SIZE, 1)]:
         source = source_of(photos.splits[split][index])
-        with contextlib.suppress(OSError, UserError):  # a broken file is named when it is used
+        # A broken file is named when it is used.
+        with contextlib.suppress(OSError, UserError, Image.DecompressionBombError):
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 (width, height), reducible = image.size, image.format in REDUCIBLE
             reductions = {each.reduction(Photo(source)) for each in uses[split]} if reducible else {1}
