@@ -60,12 +60,12 @@ test-gpu: install  ## run the tests that need an NVIDIA GPU, one after the other
 	$(PYTHON) -m pytest -n 0 -m gpu -rs
 
 # gradio wants an older Pillow than the other tests have.
-test-app: install  ## run the tests of the web app, in .venv-app, which adds gradio to the environment
+test-app: install  ## run the tests that need gradio, in .venv-app, which adds it to the environment
 	$(PYTHON) -m venv .venv-app
 	$(PYTHON) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> $$(.venv-app/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
 	.venv-app/bin/python -m pip install --quiet -e ".[app]"
-	.venv-app/bin/python -m pytest -n 0 tests/test_app.py tests/test_space.py
+	.venv-app/bin/python -m pytest -n 0 -m app tests/test_app.py tests/test_space.py
 
 style: install  ## format the code and fix what ruff can
 	$(PYTHON) -m ruff check --fix .

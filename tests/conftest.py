@@ -1,6 +1,7 @@
 """Offline, one thread, small drawn photos: what every test stands on."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -33,11 +34,16 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is none."""
+    """Skip what is marked `gpu` or `app` where that is not."""
+    absent = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; this machine has none"))
+        absent["gpu"] = "needs an NVIDIA GPU; this machine has none"
+    if importlib.util.find_spec("gradio") is None:
+        absent["app"] = "needs gradio: make test-app installs it"
+    for item in items:
+        for marker, reason in absent.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def draw_photos(folder: Path, counts: dict[str, int], size: tuple[int, int] = (72, 56)) -> None:

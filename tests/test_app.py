@@ -111,7 +111,6 @@ def test_a_mistake_is_one_clear_line(flags, message):
 @pytest.fixture(scope="module")
 def served(run_dir, tmp_path_factory):
     """The address of the app of a run, and the folder of its corrections."""
-    pytest.importorskip("gradio", reason="needs gradio: make test-app installs it")
     folder = tmp_path_factory.mktemp("served")
     command = [sys.executable, "-u", ROOT / "scripts/app.py", run_dir / "model", "--feedback-dir", "kept"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -139,6 +138,7 @@ def page(chromium, served):
         browser.close()
 
 
+@pytest.mark.app
 def test_a_photo_is_answered_and_corrected(page, served, photos_dir):
     photo = photos_dir / "test/hotdog/001.png"
     page.locator("input[type=file]").first.set_input_files(photo)
@@ -154,6 +154,7 @@ def test_a_photo_is_answered_and_corrected(page, served, photos_dir):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+@pytest.mark.app
 def test_examples_and_broken_files_get_a_sentence_and_several_photos_a_caption(page, photos_dir, tmp_path):
     page.locator(".gallery button").first.click()
     page.locator("#answer h2").wait_for()
@@ -168,6 +169,7 @@ def test_examples_and_broken_files_get_a_sentence_and_several_photos_a_caption(p
     assert len(re.findall(r"hotdog \(\d+%\)", page.locator("body").inner_text())) >= 2
 
 
+@pytest.mark.app
 def test_only_what_was_uploaded_is_read(served, run_dir):
     address, secret = served[0], run_dir / "config.json"
     photo = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}

@@ -113,8 +113,8 @@ def test_a_gradio_space_starts_from_what_the_hub_holds_without_torch(server, mod
     assert all(file.startswith(str(tmp_path / "space")) for file in files.split())
 
 
+@pytest.mark.app
 def test_a_gradio_space_is_used_in_a_browser(server, model, tmp_path, open_page):
-    pytest.importorskip("gradio", reason="needs gradio: make test-app installs it")
     assert push(server, model, tmp_path, "tester/used", "--space", "gradio").returncode == 0
     download(server, "tester/used", tmp_path / "space")
     smooth(90, 60).save(tmp_path / "photo.png")
