@@ -10,7 +10,7 @@ DEMO_FLAGS := --data-dir data/sample --model tf_efficientnet_lite0 --weights bun
 MODEL := $(DEMO)/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train reproduce bench audit report app web pictures test test-gpu test-app style quality clean
+.PHONY: help install demo train reproduce bench audit report gradio app web pictures test test-gpu test-app style quality clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,18 +38,24 @@ bench: install  ## measure speed, memory and time to accuracy: make bench DATA=m
 audit: install  ## look through photos before training: make audit DATA=my/photos (default: the drawn sample)
 	$(PYTHON) scripts/audit.py $(or $(DATA),data/sample --model tf_efficientnet_lite0 --weights bundled)
 
-report: install  ## evaluate a model: make report MODEL=runs/mine/model DATA=my/photos (default: the demo's)
+report: install $(filter $(DEMO)/model,$(MODEL))  ## evaluate a model: make report MODEL=runs/mine/model DATA=my/photos (default: the demo's)
 	$(PYTHON) scripts/report.py $(MODEL) --data-dir $(or $(DATA),data/sample)
 
-app: install  ## try a model in a web app: make app MODEL=runs/mine/model (default: the demo's)
+# The demo's model, if it is asked for and is not there yet.
+$(DEMO)/model:
+	$(MAKE) demo
+
+gradio: install
 	@$(PYTHON) -c "import gradio" 2>/dev/null || $(PYTHON) -m pip install --quiet -e ".[app]"
+
+app: gradio $(filter $(DEMO)/model,$(MODEL))  ## try a model in a web app: make app MODEL=runs/mine/model (default: the demo's)
 	$(PYTHON) scripts/app.py $(MODEL)
 
-web: install  ## try a model in the browser, without a server that computes: make web MODEL=runs/mine/model (needs npm once)
+web: install $(filter $(DEMO)/model,$(MODEL))  ## try a model in the browser, without a server that computes: make web MODEL=runs/mine/model (needs npm once)
 	$(PYTHON) scripts/export.py $(MODEL) web --web --precision fp16
 	$(PYTHON) -m http.server 8000 --bind 127.0.0.1 --directory web
 
-pictures: demo report  ## make the README's pictures from the demo (needs chromium and npm)
+pictures: demo report gradio  ## make the README's pictures from the demo (needs chromium and npm)
 	$(PYTHON) scripts/export.py $(MODEL) web --web --precision fp16
 	$(PYTHON) .github/pictures.py $(DEMO) data/sample report web .github/images
 

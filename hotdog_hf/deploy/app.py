@@ -28,8 +28,9 @@ MAX_EXAMPLES, MAX_BARS = 8, 5
 SURE, LIKELY = 0.9, 0.6
 # Uploaded photos are deleted after so many seconds.
 KEEP_UPLOADS = 3600
-# As many columns of answers as fit, and whole captions, on a phone too.
+# As many columns of answers as fit, whole captions, and a title in one line, on a phone too.
 CSS = """
+@media (max-width: 30rem) { h1 { font-size: 1.4rem !important; } }
 #answers .grid-container { grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)) !important; }
 #answers .caption-label { max-width: 100%; white-space: normal; }
 """
@@ -165,11 +166,9 @@ def build_app(
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEEP_UPLOADS, KEEP_UPLOADS)) as app:
         gr.Markdown(f"# {_escape(title)}")
-        with gr.Tab("One photo"), gr.Row():
+        with gr.Tab("One photo") as one, gr.Row():
             with gr.Column():
                 photo = gr.Image(type="filepath", label="Photo", height=360, buttons=["fullscreen"])
-                if examples:
-                    gr.Examples(_copies(examples), photo, label="Examples", examples_per_page=MAX_EXAMPLES)
             with gr.Column():
                 sentence = gr.Markdown(elem_id="answer")
                 bars = gr.Label(num_top_classes=MAX_BARS, show_label=False, show_heading=False, visible=False)
@@ -184,6 +183,9 @@ def build_app(
                     label = gr.Dropdown(labels, value=None, label="This is wrong, it is a …")
                     save = gr.Button("Save the photo for training")
                 saved = gr.Markdown(elem_id="saved")
+        if examples:
+            with one:  # below the answer, which a phone shows right after the photo
+                gr.Examples(_copies(examples), photo, label="Examples", examples_per_page=MAX_EXAMPLES)
         with gr.Tab("Several photos"):
             files = gr.File(file_count="multiple", label="Photos", height=180)
             problems = gr.Markdown(elem_id="problems")
