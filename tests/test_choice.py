@@ -14,7 +14,7 @@ from hotdog_hf.data.groups import stratified_folds
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import regression
 from hotdog_hf.training import launch, search
-from hotdog_hf.training.candidates import Board, Candidate
+from hotdog_hf.training.candidates import Board, Candidate, Costs
 from hotdog_hf.training.choice import decide
 from hotdog_hf.training.search import CROPS, Search
 
@@ -163,6 +163,13 @@ def test_few_minutes_try_less_and_more_try_more(tiny_weights, photos_dir, monkey
     prefer(monkeypatch, "full")
     decide_here(tiny_weights, photos_dir, "--minutes", 100)
     assert tried == ["full", "full", "light"]
+
+
+def test_costs_follow_what_was_measured():
+    costs = Costs(224, 100, 50, {"full": 0.4, "light": 0.2}, 0.1)
+    assert costs.features(448, views=2) == pytest.approx(80) and costs.evaluation(224) == pytest.approx(5)
+    costs.correct(0.05)
+    assert (costs.eval_seconds, costs.training("full", 3)) == (0.05, pytest.approx(60))
 
 
 def test_with_one_photo_of_a_class_there_is_nothing_to_choose_on(tiny_weights, tmp_path):

@@ -39,7 +39,9 @@ MUCH_BETTER = 0.5
 # Epochs of fine-tuning on a part of train; it is given up halfway if its log-loss is over so many times that
 # of the best so far.
 TRIAL_EPOCHS, HOPELESS = {"full": 4, "light": 3}, 2.0
-# With --minutes: the fewest epochs that are worth a fine-tuning, and the most that are trained.
+# With --minutes: the fewest epochs that tell what a fine-tuning is good for, the fewest that are worth training
+# on all of train, and the most. The first epoch of a light one only loses what the head had fitted.
+FEWEST_TRIAL_EPOCHS = {"full": 2, "light": 3}
 FEWEST_EPOCHS, MOST_EPOCHS = {"full": 4, "light": 3}, {"full": 20, "light": 6}
 # Seconds of training on a photo by recipe, before any was trained, as shares of those for the whole network.
 TRAIN_SHARES = {"full": 1.0, "light": 0.7}
@@ -162,7 +164,7 @@ class Search:
 
     def trial_seconds(self, recipe: str) -> float:
         """Return the seconds of the shortest trial of a recipe and of its shortest final run."""
-        epochs = self.trial_size(TRIAL_EPOCHS[recipe] / 2) + FEWEST_EPOCHS[recipe]
+        epochs = self.trial_size(FEWEST_TRIAL_EPOCHS[recipe]) + FEWEST_EPOCHS[recipe]
         final = self.finish_seconds(self.source_probe(self.best_source[3]))
         return self.costs.training(recipe, epochs) + final
 
@@ -190,7 +192,7 @@ class Search:
             seconds = (time.perf_counter() - begun) / self.costs.features(size) * self.costs.eval_seconds
             seconds = launch.run_on_main(self.accelerator, functools.partial(float, seconds))
             if seconds > self.costs.eval_seconds / 2:  # else they came from the cache
-                self.costs.eval_seconds = seconds
+                self.costs.correct(seconds)
             fit = functools.partial(
                 cross_validate, features, self.labels, prior_of, self.folds, (), self.weights
             )
@@ -284,10 +286,10 @@ class Search:
 
     def try_way(self, way: Candidate, layers: list[Layer]) -> None:
         """Try a fine-tuning from fitted heads, if there is time for it: fewer epochs if there is little."""
-        recipe, most = way.recipe, TRIAL_EPOCHS[way.recipe]
+        recipe = way.recipe
         room = self.left() - self.costs.training(recipe, FEWEST_EPOCHS[recipe]) - self.finish_seconds(way)
-        epochs = min(room / self.costs.training(recipe, self.trial_size(1)), most)
-        if epochs < most / 2:
+        epochs = min(room / self.costs.training(recipe, self.trial_size(1)), TRIAL_EPOCHS[recipe])
+        if epochs < FEWEST_TRIAL_EPOCHS[recipe]:
             return
         parts = []
         for fold, layer in zip(self.trial_folds, layers, strict=False):
