@@ -26,6 +26,12 @@ def decide_here(weights, data_dir, *flags):
     return decide(config, launch.build_accelerator("no", num_threads=1), SimpleNamespace(number=0), 0.0)
 
 
+def one_epoch(monkeypatch):
+    """Let a fine-tuning be tried for one epoch."""
+    for name in ("TRIAL_EPOCHS", "FEWEST_TRIAL_EPOCHS"):
+        monkeypatch.setattr(search, name, {"full": 1, "light": 1})
+
+
 def prefer(monkeypatch, recipe):
     """Let a recipe be the best."""
 
@@ -76,7 +82,7 @@ def test_photos_are_mirrored_in_training_unless_that_is_clearly_worse(gains, fli
 
 
 def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "TRIAL_EPOCHS", {"full": 1, "light": 1})
+    one_epoch(monkeypatch)
     shutil.copytree(photos_dir / "train", tmp_path / "train")
     draw_photos(tmp_path / "test", {"hotdog": 1, "not-hotdog": 1})
     one, other = (decide_here(tiny_weights, folder) for folder in (photos_dir, tmp_path))
@@ -97,7 +103,7 @@ def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, m
 def test_a_resumed_run_trains_what_was_chosen(tiny_weights, photos_dir, tmp_path, monkeypatch, capsys):
     flags = ("--recipe", "best", "--checkpoint-every", 1, "--resume", "auto")
     prefer(monkeypatch, "full")
-    monkeypatch.setattr(search, "TRIAL_EPOCHS", {"full": 1, "light": 1})
+    one_epoch(monkeypatch)
     monkeypatch.setattr(search, "ENOUGH_HELD_BACK", 1)
     run_dir, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     train_here(tiny_weights, photos_dir, run_dir, *flags, stop=StopAfter(3))

@@ -39,8 +39,8 @@ MUCH_BETTER = 0.5
 # Epochs of fine-tuning on a part of train; it is given up halfway if its log-loss is over so many times that
 # of the best so far.
 TRIAL_EPOCHS, HOPELESS = {"full": 4, "light": 3}, 2.0
-# With --minutes: the fewest epochs that tell what a fine-tuning is good for, the fewest that are worth training
-# on all of train, and the most. The first epoch of a light one only loses what the head had fitted.
+# With --minutes: the fewest epochs that tell what a fine-tuning is good for, the fewest that are worth
+# training on all of train, and the most. The first epoch of a light one only loses what the head had fitted.
 FEWEST_TRIAL_EPOCHS = {"full": 2, "light": 3}
 FEWEST_EPOCHS, MOST_EPOCHS = {"full": 4, "light": 3}, {"full": 20, "light": 6}
 # Seconds of training on a photo by recipe, before any was trained, as shares of those for the whole network.
