@@ -20,7 +20,7 @@ import tyro
 # the tables of labels say, are compared by themselves.
 HARMLESS = frozenset(
     "data_dir labels cache_images cache_size num_workers output_dir resume resume_anyway checkpoint_every"
-    " keep_checkpoints tracker push_to_hub private license".split()
+    " keep_checkpoints tracker neighbors push_to_hub private license".split()
 )
 # Knobs that may differ on resume with --resume-anyway: the epochs already done stay valid.
 CHANGEABLE = frozenset(["epochs", "num_threads"])
@@ -263,6 +263,9 @@ class RunConfig:
     # Divide the saved output layer by a temperature that makes its probabilities honest, if there are photos
     # to fit it to: those of validation, or those that the folds of a probe leave out. Labels stay the same.
     calibrate: bool = True
+    # Keep features of training photos with the model (at most 5 MB), so that it can tell which photos are
+    # unlike all of them: predict.py --reject.
+    neighbors: bool = True
     # Seed of the head's initialisation, the order of the photos, the augmentation and the validation split.
     seed: int = 0
     # Use only deterministic algorithms: slower on a GPU; a CPU is deterministic anyway.

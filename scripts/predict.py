@@ -3,6 +3,7 @@
 python scripts/predict.py runs/demo/model photo.jpg my/photos 'more/**/*.png'   # files, folders, patterns
 find . -name '*.jpg' | python scripts/predict.py runs/demo/model - --format csv > predictions.csv
 python scripts/predict.py model.onnx my/photos --format jsonl --threshold 0.9   # an exported model, no torch
+python scripts/predict.py runs/demo/model my/photos --reject   # unknown: unlike the training photos
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class PredictConfig:
     # Also print the classes that together hold the true one for this share of photos like the held-out ones,
     # such as 0.95 (split conformal prediction). Needs a model of a probe, or trained with validation photos.
     coverage: float | None = None
+    # Label a photo `unknown` if it is unlike all photos that the model was trained on, and print its distance
+    # to them. Needs the features that a training keeps with its model.
+    reject: bool = False
+    # With --reject: the share of photos like the held-back ones that keep their answer. Lower catches more.
+    keep: float = 0.95
     # Class that --threshold applies to. Unset: "hotdog" if it is one of two classes.
     positive_label: str | None = None
     # Precision: float32 (no), or bf16, up to twice as fast on GPUs and CPUs that support it, with slightly
@@ -44,6 +50,8 @@ class PredictConfig:
             raise ValueError(f"--threshold must be from 0 to 1, got {self.threshold}")
         if self.coverage is not None and not 0 < self.coverage < 1:
             raise ValueError(f"--coverage must be between 0 and 1, got {self.coverage}")
+        if not 0 < self.keep < 1:
+            raise ValueError(f"--keep must be between 0 and 1, got {self.keep}")
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
 
@@ -68,6 +76,7 @@ def main(config: PredictConfig) -> int:
     predictor = load_predictor(config.model, config.precision)
     choose = decision_rule(predictor.label_names, config.positive_label, config.threshold)
     limit = config.coverage and set_limit(predictor.calibration, config.coverage, config.model)
+    farthest = predictor.distance_limit(config.keep, config.model) if config.reject else None
     # Ctrl-C and `| head` end it at once, without a traceback.
     for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
@@ -75,9 +84,9 @@ def main(config: PredictConfig) -> int:
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
     exit_code = 0
-    if header := format_header(config.format, predictor.label_names, limit is not None):
+    if header := format_header(config.format, predictor.label_names, limit is not None, config.reject):
         print(header, flush=True)
-    results = predict_paths(predictor, config.paths, choose, config.batch_size, limit)
+    results = predict_paths(predictor, config.paths, choose, config.batch_size, limit, farthest)
     # None lets tqdm decide: a bar on a terminal, unless the predictions themselves appear there.
     for result in tqdm(results, unit="img", leave=False, disable=sys.stdout.isatty() or None):
         if isinstance(result, UserError):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hotdog_hf.data.images import normalize, resize_and_crop
 from hotdog_hf.errors import UserError
-from hotdog_hf.model import network, saved
+from hotdog_hf.model import neighbors, network, saved
 from hotdog_hf.model.predictor import NEEDS_ONNX, load_predictor
 
 if TYPE_CHECKING:
@@ -44,9 +44,10 @@ def export_onnx(
     """Write a saved model as an ONNX file with class names and preprocessing inside.
 
     Its input is `pixel_values`, float32 [batch, 3, height, width], or, if it `takes_photos`, one `image`, RGB
-    bytes [H, W, 3] of any size. It is compared with PyTorch before it is written; returns the largest
-    difference of a probability for the same pixels. Raises `UserError`, and leaves `out` as it was, if that
-    is not below `tolerance` or the model cannot be exported.
+    bytes [H, W, 3] of any size. Its output is `probabilities`, and for a model with neighbours also
+    `distance`, see `model.neighbors`. They are compared with PyTorch's before the file is written; returns
+    the largest difference for the same pixels. Raises `UserError`, and leaves `out` as it was, if that is not
+    below `tolerance` or the model cannot be exported.
     """
     try:
         import onnx
@@ -55,19 +56,25 @@ def export_onnx(
         raise UserError(NEEDS_ONNX) from error
     net = saved.load_model(name)
     label_names, data_config = network.label_names_of(net), network.data_config_of(net)
-    calibration = net.pretrained_cfg["calibration"]
-    net = torch.nn.Sequential(net, torch.nn.Softmax(dim=1)).eval()
+    calibration, kept = net.pretrained_cfg["calibration"], saved.neighbors_of(net)
+    outputs = _Outputs(net, with_features=kept is not None).eval()
     pictures = _noise()
     images = np.stack([resize_and_crop(Image.fromarray(picture), data_config) for picture in pictures])
     samples = torch.from_numpy(normalize(images, data_config))
     with torch.inference_mode():
-        expected = net(samples).numpy()
-    exported = _to_onnx(net, samples[:2], opset, name)
+        expected = [output.numpy() for output in outputs(samples)]
+    exported = _to_onnx(outputs, samples[:2], opset, name)
     if shrink:
         exported = shrink(exported, label_names, data_config)
     about = {"label_names": json.dumps(label_names), "data_config": json.dumps(data_config)}
     if calibration:
         about["calibration"] = json.dumps(calibration)
+    if kept:
+        from hotdog_hf.deploy import distance
+
+        exported = distance.add_distance(exported, kept)
+        about |= distance.describe_distances(kept)
+        expected[1] = neighbors.distances(neighbors.unit(expected[1]), kept.features)
     onnx.helper.set_model_props(exported, about)
     out = Path(out)
     try:
@@ -75,19 +82,44 @@ def export_onnx(
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as scratch:
             part = Path(scratch) / "model.onnx"
             onnx.save(exported, part)
-            again = load_predictor(part).probabilities
-            # At two batch sizes that the exporter has not seen.
-            rows = np.concatenate([again(images[:1]), again(images)])
-            difference = float(np.abs(rows - expected[[0, 0, 1, 2]]).max())
+            difference = _difference(part, images, *expected)
             if not difference < tolerance:
                 raise UserError(f"{name} as ONNX is {difference:.0e} away from PyTorch; nothing was written")
             if takes_photos:
                 onnx.save(_taking_photos(exported, data_config, pictures), part)
-                load_predictor(part).probabilities(pictures)
+                load_predictor(part).predict(pictures, measure=kept is not None)
             part.replace(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     return difference
+
+
+class _Outputs(torch.nn.Module):
+    """Probabilities [N, classes], and with features also the input of the output layer [N, D]."""
+
+    def __init__(self, net: torch.nn.Module, with_features: bool):
+        super().__init__()
+        self.net, self.with_features = net, with_features
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not self.with_features:
+            return (self.net(images).softmax(dim=1),)
+        logits, features = network.forward_with_features(self.net, images)
+        return logits.softmax(dim=1), features
+
+
+def _difference(
+    file: Path, images: np.ndarray, probabilities: np.ndarray, distances: np.ndarray | None = None
+) -> float:
+    """Return the largest difference between a file's outputs for images and those of PyTorch."""
+    predictor, largest = load_predictor(file), 0.0
+    for count in (1, len(images)):  # batch sizes that the exporter has not seen
+        rows, measured = predictor.predict(images[:count], measure=distances is not None)
+        apart = [np.abs(rows - probabilities[:count]).max()]
+        if distances is not None:
+            apart.append(np.abs(measured - distances[:count]).max())
+        largest = float(np.max([largest, *apart]))  # which is NaN if one of them is
+    return largest
 
 
 def _noise() -> list[np.ndarray]:
@@ -96,12 +128,11 @@ def _noise() -> list[np.ndarray]:
     return [draw(0, 256, (height, width, 3), np.uint8) for height, width in ((60, 40), (40, 60), (300, 200))]
 
 
-def _to_onnx(
-    net: torch.nn.Module, samples: torch.Tensor, opset: int, name: str | os.PathLike
-) -> "onnx.ModelProto":
+def _to_onnx(net: _Outputs, samples: torch.Tensor, opset: int, name: str | os.PathLike) -> "onnx.ModelProto":
     import onnx
 
     buffer, batch = io.BytesIO(), {0: "batch"}
+    output_names = ["probabilities", "features"][: 1 + net.with_features]
     try:
         with warnings.catch_warnings():
             # This exporter is the older one, as it says each time; the newer one needs onnxscript.
@@ -113,8 +144,8 @@ def _to_onnx(
                 dynamo=False,
                 opset_version=opset,
                 input_names=["pixel_values"],
-                output_names=["probabilities"],
-                dynamic_axes={"pixel_values": batch, "probabilities": batch},
+                output_names=output_names,
+                dynamic_axes=dict.fromkeys(["pixel_values", *output_names], batch),
             )
     except Exception as error:  # the exporter's errors share no base class
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

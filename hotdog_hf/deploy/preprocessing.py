@@ -28,10 +28,11 @@ CROP_MODES = ("squash", "center", "border")
 def add_preprocessing(network: onnx.ModelProto, data_config: dict) -> onnx.ModelProto:
     """Return a model from `image`, RGB bytes [H, W, 3] of any size, to `probabilities` [classes].
 
-    `network` takes `pixel_values` [batch, 3, height, width] and returns `probabilities` [batch, classes].
+    `network` takes `pixel_values` [batch, 3, height, width] and returns `probabilities` [batch, classes]; so
+    it is with other outputs.
     Raises `UserError` for a crop mode, an interpolation or an opset with which this cannot be done.
     """
-    [opset] = [entry.version for entry in network.opset_import if entry.domain in ("", "ai.onnx")]
+    [opset] = {entry.version for entry in network.opset_import if entry.domain in ("", "ai.onnx")}
     front = preprocessing_model(data_config, opset, network.ir_version)
     merged = onnx.compose.merge_models(
         onnx.compose.add_prefix(front, "preprocessing/", rename_inputs=False, rename_outputs=False),
@@ -39,14 +40,16 @@ def add_preprocessing(network: onnx.ModelProto, data_config: dict) -> onnx.Model
         io_map=[("pixel_values", "pixel_values")],
         producer_name="hotdog_hf",
     )
-    # One photo has one row of probabilities, which is what is left of the batch.
+    # One photo has one row of each output, which is what is left of the batch.
+    outputs = {output.name: f"{output.name}/rows" for output in merged.graph.output}
     for node in merged.graph.node:
-        node.output[:] = ["rows" if name == "probabilities" else name for name in node.output]
+        node.output[:] = [outputs.get(name, name) for name in node.output]
+        node.input[:] = [outputs.get(name, name) for name in node.input]
     merged.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), "first_axis"))
-    merged.graph.node.append(onnx.helper.make_node("Squeeze", ["rows", "first_axis"], ["probabilities"]))
-    num_classes = merged.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
-    probabilities = onnx.helper.make_tensor_value_info("probabilities", onnx.TensorProto.FLOAT, [num_classes])
-    merged.graph.output[0].CopyFrom(probabilities)
+    for output in merged.graph.output:
+        squeeze = onnx.helper.make_node("Squeeze", [outputs[output.name], "first_axis"], [output.name])
+        merged.graph.node.append(squeeze)
+        del output.type.tensor_type.shape.dim[0]
     onnx.checker.check_model(merged)
     return merged
 

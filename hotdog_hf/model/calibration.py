@@ -5,6 +5,7 @@ predicts sets of classes without it.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -111,15 +112,28 @@ def set_limit(calibration: dict | None, coverage: float, name: object) -> float:
             f"--coverage {coverage}: {name} was saved without predictions for held-out photos; train it with"
             " --val-fraction 0.1, or by --recipe probe"
         )
-    scores = calibration["scores"]
-    # Rounded, as 20 * 0.95 may be a little more than 19.
-    rank = math.ceil(round((len(scores) + 1) * coverage, 9))
-    if rank > len(scores):
-        needed = math.ceil(round(coverage / (1 - coverage), 9))
+    limit = conformal_quantile(calibration["scores"], coverage)
+    if limit is None:
         raise UserError(
-            f"--coverage {coverage} needs {needed} held-out photos or more; {name} has {len(scores)}"
+            f"--coverage {coverage} needs {photos_needed(coverage)} held-out photos or more; {name} has"
+            f" {len(calibration['scores'])}"
         )
-    return scores[rank - 1]
+    return limit
+
+
+def conformal_quantile(scores: Sequence[float], share: float) -> float | None:
+    """Return what another score of the same kind is at most, with a probability of `share` or more.
+
+    `scores` are sorted; None if they are fewer than `photos_needed`.
+    """
+    # Rounded, as 20 * 0.95 may be a little more than 19.
+    rank = math.ceil(round((len(scores) + 1) * share, 9))
+    return float(scores[rank - 1]) if rank <= len(scores) else None
+
+
+def photos_needed(share: float) -> int:
+    """Return how many scores `conformal_quantile` needs."""
+    return math.ceil(round(share / (1 - share), 9))
 
 
 def classes_within(probabilities: np.ndarray, limit: float) -> np.ndarray:

@@ -110,6 +110,29 @@ def label_names_of(model: torch.nn.Module) -> list[str]:
     return list(model.pretrained_cfg["label_names"])
 
 
+class NoFeaturesError(UserError):
+    """The network has more than one layer after the features that its output layer takes."""
+
+
+def forward_with_features(net: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits [N, classes] of images [N, 3, H, W], and the input of the output layer [N, D].
+
+    Raises `NoFeaturesError` if the network's output is not that of its output layer.
+    """
+    passed: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hook = net.get_classifier().register_forward_hook(
+        lambda _, inputs, output: passed.append((inputs[0], output))
+    )
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled code would not call the hook
+            logits = net(images)
+    finally:
+        hook.remove()
+    if len(passed) != 1 or not (passed[0][1] is logits or torch.equal(passed[0][1], logits)):
+        raise NoFeaturesError("this model has more than one linear layer after its features; choose another")
+    return logits, passed[0][0].float()
+
+
 def describe_head(model: torch.nn.Module) -> str:
     """Return the classifier as the chapter prints it: `Linear(in_features=512, out_features=1000, ...)`."""
     return repr(model.get_classifier())

@@ -22,7 +22,8 @@ from PIL import Image
 from hotdog_hf.data.images import IMAGE_SUFFIXES, Photo, Source, normalize, resize_and_crop
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.machine import allowed_cores, keep_freed_memory
-from hotdog_hf.model import calibration
+from hotdog_hf.model import calibration, neighbors
+from hotdog_hf.model.neighbors import KEEP, UNKNOWN
 
 if TYPE_CHECKING:
     import torch
@@ -52,22 +53,44 @@ class Predictor(NamedTuple):
     net: "torch.nn.Module | None" = None
     # What `calibration.calibrate` kept with the model, if there were held-out photos.
     calibration: dict | None = None
+    # Like `probabilities`, with the distance [N] of each image to the training photos; None unless the model
+    # has kept `held_out_distances`, see `model.neighbors`.
+    with_distances: Callable[[Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray]] | None = None
+    held_out_distances: Sequence[float] | None = None
 
-    def __call__(self, images: Source | Sequence[Source]) -> dict[str, float] | list[dict[str, float]]:
+    def __call__(
+        self, images: Source | Sequence[Source], *, reject: bool = False, keep: float = KEEP
+    ) -> dict[str, float] | list[dict[str, float] | None] | None:
         """Return the probability of each class, by its name; a list of such dicts for a list of images.
 
-        An image is a path, the bytes of a file, or a PIL image. Raises `UserError` for one that cannot be
-        read.
+        An image is a path, the bytes of a file, or a PIL image. With `reject`, None is the answer for those
+        that are unlike the training photos; of photos like these, a share of `keep` gets its answer. Raises
+        `UserError` for an image that cannot be read, or for a model that cannot reject.
         """
         if not isinstance(images, (list, tuple)):
-            return self([images])[0]
+            return self([images], reject=reject, keep=keep)[0]
+        limit = self.distance_limit(keep) if reject else None
         found = []
         batch_size = 1 if self.takes_photos else CALL_BATCH
         for start in range(0, len(images), batch_size):
             batch = [self.prepare(Photo(image)) for image in images[start : start + batch_size]]
-            rows = self.probabilities(np.stack(batch)).tolist()
-            found += [dict(zip(self.label_names, row, strict=True)) for row in rows]
+            rows, distances = self.predict(np.stack(batch), limit is not None)
+            answers = [dict(zip(self.label_names, row, strict=True)) for row in rows.tolist()]
+            unknown = [False] * len(rows) if limit is None else distances > limit
+            found += [None if far else answer for answer, far in zip(answers, unknown, strict=True)]
         return found
+
+    def predict(
+        self, images: Sequence[np.ndarray], measure: bool
+    ) -> tuple[np.ndarray, np.ndarray | list[None]]:
+        """Return probabilities [N, classes] and distances [N]; without `measure`, these are None."""
+        if measure:
+            return self.with_distances(images)
+        return self.probabilities(images), [None] * len(images)
+
+    def distance_limit(self, keep: float = KEEP, name: object = "the model") -> float:
+        """Return the distance beyond which a photo is unknown, see `neighbors.distance_limit`."""
+        return neighbors.distance_limit(self.held_out_distances, keep, name)
 
     def prepare(self, image: Photo | Image.Image) -> np.ndarray:
         """Return a photo or an RGB image as `probabilities` takes it, uint8 [H, W, 3]."""
@@ -85,6 +108,8 @@ class Prediction(NamedTuple):
     probabilities: dict[str, float]
     # The classes that together keep a promised coverage, the most probable first; None if none was asked for.
     classes: tuple[str, ...] | None = None
+    # The distance to the training photos; None unless asked for. Of an unknown photo, the label is `UNKNOWN`.
+    distance: float | None = None
 
 
 def load_predictor(name: str | os.PathLike, precision: str = "no") -> Predictor:
@@ -114,12 +139,23 @@ def _load_saved(name: str | os.PathLike, precision: str) -> Predictor:
     data_config = network.data_config_of(net)
     to_input = transforms.Normalize(data_config["mean"], data_config["std"])
 
+    kept = saved.neighbors_of(net)
+
+    def pixels(images: np.ndarray) -> torch.Tensor:
+        return to_input(torch.from_numpy(images).to(device).permute(0, 3, 1, 2))
+
     @torch.inference_mode()
     def probabilities(images: np.ndarray) -> np.ndarray:
-        batch = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
         with autocast:
-            logits = net(to_input(batch))
+            logits = net(pixels(images))
         return logits.float().softmax(dim=1).cpu().numpy()
+
+    @torch.inference_mode()
+    def with_distances(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with autocast:
+            logits, features = network.forward_with_features(net, pixels(images))
+        found = neighbors.distances(neighbors.unit(features.cpu().numpy()), kept.features)
+        return logits.float().softmax(dim=1).cpu().numpy(), found
 
     return Predictor(
         network.label_names_of(net),
@@ -128,6 +164,8 @@ def _load_saved(name: str | os.PathLike, precision: str) -> Predictor:
         device != "cpu",
         net=net,
         calibration=net.pretrained_cfg["calibration"],
+        with_distances=with_distances if kept else None,
+        held_out_distances=kept.held_out_distances if kept else None,
     )
 
 
@@ -149,17 +187,21 @@ def _load_exported(path: Path) -> Predictor:
     data_config = json.loads(about["data_config"])
     takes_photos = session.get_inputs()[0].name == "image"  # exported with --input bytes
 
-    def probabilities(images: Sequence[np.ndarray]) -> np.ndarray:
-        if takes_photos:
-            return np.stack([session.run(["probabilities"], {"image": image})[0] for image in images])
-        return session.run(["probabilities"], {"pixel_values": normalize(images, data_config)})[0]
+    def outputs(images: Sequence[np.ndarray], *names: str) -> list[np.ndarray]:
+        if not takes_photos:
+            return session.run(names, {"pixel_values": normalize(images, data_config)})
+        rows = [session.run(names, {"image": image}) for image in images]
+        return [np.stack(output) for output in zip(*rows, strict=True)]
 
+    held_out_distances = json.loads(about.get("held_out_distances", "null"))
     return Predictor(
         json.loads(about["label_names"]),
         data_config,
-        probabilities,
+        lambda images: outputs(images, "probabilities")[0],
         takes_photos=takes_photos,
         calibration=json.loads(about.get("calibration", "null")),
+        with_distances=held_out_distances and (lambda images: outputs(images, "probabilities", "distance")),
+        held_out_distances=held_out_distances,
     )
 
 
@@ -239,10 +281,12 @@ def predict_paths(
     choose: Callable[[np.ndarray], int],
     batch_size: int = 32,
     set_limit: float | None = None,
+    distance_limit: float | None = None,
 ) -> Iterator[Prediction | UserError]:
     """Yield a prediction for every image, or the `UserError` that explains why there is none, in order.
 
-    With the `set_limit` of `calibration.set_limit`, each also has its set of classes.
+    With the `set_limit` of `calibration.set_limit`, each also has its set of classes. With a
+    `distance_limit`, photos beyond it are `UNKNOWN`, and their set is empty.
 
     Cores share the decoding of a batch: while a GPU works on the one before, but in turns with a network on
     the CPU, for they would slow each other down. No more is held in memory: of a predictor that takes photos
@@ -261,18 +305,20 @@ def predict_paths(
             # Listed in a thread too: whoever writes to stdin gets predictions before the next path.
             ahead = pool.submit(read_batch) if ahead else None
             readable = [item[1] for item in batch if not isinstance(item, UserError)]
-            rows = iter(predictor.probabilities(np.stack(readable)) if readable else [])
+            measure = distance_limit is not None
+            outputs = zip(*predictor.predict(np.stack(readable), measure), strict=True) if readable else None
             for item in batch:
                 if isinstance(item, UserError):
                     yield item
                     continue
-                row = next(rows)
+                row, distance = next(outputs)
+                unknown = measure and distance > distance_limit
                 values = dict(zip(label_names, row.astype(float).round(4).tolist(), strict=True))
-                classes = None
+                label, classes = UNKNOWN if unknown else label_names[choose(row)], None
                 if set_limit is not None:
-                    within = calibration.classes_within(row, set_limit)
+                    within = calibration.classes_within(row, set_limit) & (not unknown)
                     classes = tuple(label_names[i] for i in np.argsort(-row, kind="stable") if within[i])
-                yield Prediction(item[0], label_names[choose(row)], values, classes)
+                yield Prediction(item[0], label, values, classes, distance and round(float(distance), 4))
 
 
 def _read(found: str | UserError, predictor: Predictor) -> tuple[str, np.ndarray] | UserError:
@@ -284,41 +330,65 @@ def _read(found: str | UserError, predictor: Predictor) -> tuple[str, np.ndarray
         return error
 
 
-def format_header(style: str, label_names: list[str], with_sets: bool = False) -> str | None:
+def format_header(
+    style: str, label_names: list[str], with_sets: bool = False, with_distances: bool = False
+) -> str | None:
     """Return the line above the predictions, or None if the style has none."""
+    more = ["set"] * with_sets + ["distance"] * with_distances
     if style == "csv":
-        return _csv_line(["path", "label", "probability", *label_names, *(["set"] if with_sets else [])])
-    end = f"{'set':<{_set_width(label_names)}}  path" if with_sets else "path"
-    return _table_line("label", label_names, label_names, end) if style == "table" else None
+        return _csv_line(["path", "label", "probability", *label_names, *more])
+    if style != "table":
+        return None
+    return _table_line(
+        "label",
+        label_names,
+        label_names,
+        "path",
+        "set" if with_sets else None,
+        "distance" if with_distances else None,
+    )
 
 
 def format_prediction(style: str, prediction: Prediction) -> str:
-    """Return one line as "table", "jsonl" or "csv"; a csv cell may span several."""
-    path, label, probabilities, classes = prediction
+    """Return one line as "table", "jsonl" or "csv"; a csv cell may span several.
+
+    An unknown photo has no probability of its label.
+    """
+    path, label, probabilities, classes, distance = prediction
+    probability = probabilities.get(label)
     if style == "jsonl":
-        row = {"path": path, "label": label, "probability": probabilities[label]}
-        row |= {"probabilities": probabilities}
-        return json.dumps(row if classes is None else row | {"set": classes})
+        row = {"path": path, "label": label, "probability": probability, "probabilities": probabilities}
+        row |= {} if classes is None else {"set": classes}
+        return json.dumps(row if distance is None else row | {"distance": distance})
     values = [f"{value:.4f}" for value in probabilities.values()]
+    measured = None if distance is None else f"{distance:.4f}"
     if style == "csv":
         sets = [] if classes is None else ["|".join(classes)]
-        return _csv_line([path, label, f"{probabilities[label]:.4f}", *values, *sets])
-    end = printable(path)
-    if classes is not None:
-        shown = ", ".join(classes) or EMPTY_SET
-        end = f"{shown:<{_set_width(probabilities)}}  {end}"
-    return _table_line(label, values, list(probabilities), end)
+        known = "" if probability is None else f"{probability:.4f}"
+        return _csv_line([path, label, known, *values, *sets, *([measured] if measured else [])])
+    shown = None if classes is None else ", ".join(classes) or EMPTY_SET
+    return _table_line(label, values, list(probabilities), printable(path), shown, measured)
 
 
-def _set_width(label_names: Iterable[str]) -> int:
-    """Return the width of the column of sets: all classes of two, at most 40 letters."""
-    return min(max(len(", ".join(label_names)), len(EMPTY_SET)), 40)
-
-
-def _table_line(label: str, values: list[str], label_names: list[str], path: str) -> str:
+def _table_line(
+    label: str,
+    values: list[str],
+    label_names: list[str],
+    path: str,
+    classes: str | None = None,
+    distance: str | None = None,
+) -> str:
     # The path comes last: the widths before it are known without having seen every path.
     columns = [f"{value:>{max(len(name), 6)}}" for value, name in zip(values, label_names, strict=True)]
-    return "  ".join([f"{label:<{max(map(len, ['label', *label_names]))}}", *columns, path])
+    names = ["label", *label_names]
+    if distance is not None:
+        columns.append(f"{distance:>8}")
+        names.append(UNKNOWN)
+    if classes is not None:
+        # All classes of two, at most 40 letters.
+        width = min(max(len(", ".join(label_names)), len(EMPTY_SET)), 40)
+        columns.append(f"{classes:<{width}}")
+    return "  ".join([f"{label:<{max(map(len, names))}}", *columns, path])
 
 
 def _csv_line(cells: list[str]) -> str:

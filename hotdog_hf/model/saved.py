@@ -15,6 +15,7 @@ import torch
 from hotdog_hf.errors import UserError
 from hotdog_hf.files import replacing_folder
 from hotdog_hf.hub import hub_errors
+from hotdog_hf.model import neighbors
 from hotdog_hf.model.licenses import choose_license
 
 MODEL_FILES = ("config.json", "model.safetensors")
@@ -22,7 +23,8 @@ HUB_PREFIX = "hf-hub:"
 # What a source's config says about its weights, which is not true of the trained model.
 SOURCE_KEYS = frozenset(
     "url file hf_hub_id hf_hub_filename source state_dict tag license origin_url paper_name paper_ids notes"
-    " description label_offset label_names calibration test_input_size test_crop_pct test_pool_size".split()
+    " description label_offset label_names calibration neighbors test_input_size test_crop_pct"
+    " test_pool_size".split()
 )
 
 
@@ -77,6 +79,12 @@ def calibration_of(folder: str | os.PathLike) -> dict | None:
     return json.loads((Path(folder) / MODEL_FILES[0]).read_text(encoding="utf-8")).get("calibration")
 
 
+def neighbors_of(model: torch.nn.Module) -> neighbors.Neighbors | None:
+    """Return the features of training photos that were kept with a loaded model, None without any."""
+    file = model.pretrained_cfg.get("neighbors")
+    return neighbors.load(file) if file else None
+
+
 def _amend_config(config_file: Path, more: dict) -> None:
     """Add to a config, and keep `num_classes` at its root only.
 
@@ -105,7 +113,7 @@ def load_model(name: str | os.PathLike, image_size: int | None = None) -> torch.
         with hub_errors(repo):
             folder = Path(
                 huggingface_hub.snapshot_download(
-                    repo, revision=revision or None, allow_patterns=list(MODEL_FILES)
+                    repo, revision=revision or None, allow_patterns=[*MODEL_FILES, neighbors.FILE]
                 )
             )
     for file in MODEL_FILES:
@@ -119,6 +127,8 @@ def load_model(name: str | os.PathLike, image_size: int | None = None) -> torch.
     except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot load the model in {name}: {str(error).splitlines()[0]}") from error
     model.pretrained_cfg["calibration"] = config.get("calibration")
+    kept = folder / neighbors.FILE
+    model.pretrained_cfg["neighbors"] = str(kept) if kept.is_file() else None
     if not model.pretrained_cfg.get("label_names"):
         raise UserError(f"{name}: config.json names no classes (label_names)")
     return model

@@ -14,6 +14,7 @@ from hotdog_hf.config import OptimConfig
 from hotdog_hf.data.loaders import IGNORED_LABEL, FeatureDataset
 from hotdog_hf.data.transforms import MEMORY_FORMAT
 from hotdog_hf.errors import UserError
+from hotdog_hf.model import network
 from hotdog_hf.training import launch, sharding
 from hotdog_hf.training.state import TrainState
 
@@ -319,30 +320,26 @@ def predict(
 
 @torch.no_grad()
 def pooled_features(
-    accelerator: Accelerator, net: torch.nn.Module, loader: torch.utils.data.DataLoader, title: str = ""
+    accelerator: Accelerator,
+    net: torch.nn.Module,
+    loader: torch.utils.data.DataLoader,
+    title: str = "",
+    float32: bool = False,
+    stop: launch.StopSignal | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the input of the output layer of the bare network `net`, [N, D], and labels [N], like `predict`.
 
-    Raises `UserError` if the network's output is not that of its output layer.
+    Raises `network.NoFeaturesError` if the network's output is not that of its output layer.
     """
     net.eval()
-    passed: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def features_of(images: torch.Tensor) -> torch.Tensor:
-        passed.clear()
-        with accelerator.autocast():
-            output = net(images)
-        if len(passed) != 1 or not torch.equal(passed[0][1], output):
-            raise UserError("this model has more than one linear layer after its features; choose another")
-        return passed[0][0].float()
+        with in_float32() if float32 else accelerator.autocast():
+            return network.forward_with_features(net, images)[1]
 
-    hook = net.get_classifier().register_forward_hook(
-        lambda _, inputs, output: passed.append((inputs[0], output))
-    )
-    try:
-        return _gather(accelerator, loader, features_of, title)
-    finally:
-        hook.remove()
+    features, labels = _gather(accelerator, loader, features_of, title, stop)
+    sharding.reshard(net)
+    return features, labels
 
 
 def _gather(

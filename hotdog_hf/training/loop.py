@@ -20,8 +20,19 @@ from hotdog_hf.data.splits import sample_photos
 from hotdog_hf.errors import UserError, message_of
 from hotdog_hf.model import calibration as calibrations
 from hotdog_hf.model import heads, saved
+from hotdog_hf.model.neighbors import FILE as NEIGHBORS_FILE
 from hotdog_hf.model.source import describe_source
-from hotdog_hf.training import card, checkpoint, choice, engine, launch, plots, records, sharding
+from hotdog_hf.training import (
+    card,
+    checkpoint,
+    choice,
+    engine,
+    launch,
+    neighbors,
+    plots,
+    records,
+    sharding,
+)
 from hotdog_hf.training.job import Job, build
 from hotdog_hf.training.run_dir import (
     check_same_run,
@@ -54,6 +65,7 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal
                     train_epoch(job, run_dir, epoch, stop)
                 evaluation = end_epoch(job, run_dir, epoch, stop)
             calibration = calibrate_saved(job, run_dir, stop)
+            keep_neighbors(job, run_dir, stop)
             if (
                 calibration
                 or evaluation is None
@@ -248,17 +260,35 @@ def evaluate_saved(
     job: Job, run_dir: Path, stop: launch.StopSignal, loader_name: str = "saved"
 ) -> Evaluation:
     """Evaluate the saved model in float32, as every loader does: on test for the card, or on validation."""
-    accelerator, loader = job.accelerator, job.eval_loaders[loader_name]
+    loader = job.eval_loaders[loader_name]
+    restore_saved(job, run_dir)
+    network = job.net.get_classifier() if isinstance(loader.dataset, FeatureDataset) else job.net
+    return evaluate(job, run_dir, without_autocast(job, network), loader, stop, float32=True)
+
+
+def restore_saved(job: Job, run_dir: Path) -> None:
+    """Copy the weights of the saved model into the network, on every process."""
     kept = launch.run_on_main(
-        accelerator, lambda: saved.load_model(run_dir / "model").state_dict(), share=False
+        job.accelerator, lambda: saved.load_model(run_dir / "model").state_dict(), share=False
     )
     own = job.net.state_dict()
-    for name, value in sharding.broadcast_each(accelerator, kept or {}):
+    for name, value in sharding.broadcast_each(job.accelerator, kept or {}):
         sharding.copy_into(own[name], value)
-    of_features = isinstance(loader.dataset, FeatureDataset)
-    network = job.net.get_classifier() if of_features else job.net
-    network = accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # prepared, it brings autocast along
-    return evaluate(job, run_dir, network, loader, stop, float32=True)
+
+
+def without_autocast(job: Job, network: torch.nn.Module) -> torch.nn.Module:
+    """Return a network that computes in float32; prepared by the accelerator, it brings autocast along."""
+    return job.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
+
+
+def keep_neighbors(job: Job, run_dir: Path, stop: launch.StopSignal) -> None:
+    """Keep features of training photos with the saved model, unless they are kept already or not wanted."""
+    folder = run_dir / "model"
+    exists = launch.run_on_main(job.accelerator, (folder / NEIGHBORS_FILE).exists)
+    if job.config.run.neighbors and not job.config.data.streaming and not exists:
+        restore_saved(job, run_dir)
+        with add_progress_to_errors(job, run_dir):
+            neighbors.keep_neighbors(job, without_autocast(job, job.net), folder, stop)
 
 
 def finish(job: Job, run_dir: Path, evaluation: Evaluation, calibration: dict | None) -> None:

@@ -1,0 +1,123 @@
+"""Photos unlike all that a model has learned: their distance to the nearest training photos.
+
+The distance is 1 minus the mean cosine similarity to the `NEIGHBORS` nearest training photos, between the
+features that the output layer takes (k-nearest-neighbour rejection; Sun et al., arXiv 2204.06507). Imports no
+torch: an exported model measures it without.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hotdog_hf.errors import UserError
+from hotdog_hf.model.calibration import conformal_quantile, photos_needed
+
+FILE = "neighbors.safetensors"
+NEIGHBORS = 5
+# What is kept of the training photos: their features fit into 5 MB, so that a model stays quick to download.
+MAX_PHOTOS, MAX_BYTES = 5000, 5_000_000
+# Held-back photos whose distances are kept: a random subset keeps the promise as well.
+MAX_HELD_OUT = 2000
+# The share of photos like the held-back ones that keep their answer, unless another is asked for.
+KEEP = 0.95
+# The label of the others.
+UNKNOWN = "unknown"
+# Photos per chunk of similarities, at most MAX_PHOTOS times 4 bytes each.
+CHUNK = 512
+
+
+class Neighbors(NamedTuple):
+    """Unit features of training photos, float16 [N, D], and how far from them other photos were."""
+
+    features: np.ndarray
+    # Distances of held-back photos, sorted, float32 [M].
+    held_out_distances: np.ndarray
+    # "validation", or "train": the distances of training photos to the others.
+    held_out: str
+
+
+def photos_to_keep(labels: np.ndarray, dimensions: int, seed: int) -> np.ndarray:
+    """Return the training photos whose features are kept, sorted indices: all, or as many as fit.
+
+    `labels` is [N]. Of too many, the classes get the same number, drawn from the seed; small ones stay whole.
+    """
+    most = min(MAX_PHOTOS, MAX_BYTES // (2 * dimensions))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels)
+    # The first photo of every class comes before the second of any.
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(by_class[np.argsort(rank, kind="stable")[:most]])
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    """Return features [N, D] with a length of 1, float32."""
+    features = np.asarray(features, np.float32)
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    return features / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+def distances(features: np.ndarray, kept: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+    """Return the distance, float32 [M], of unit features [M, D] to those kept with the model [N, D].
+
+    `groups` [N] says that `features` are those kept themselves: a photo's own group is then left out, and a
+    photo that all others share a group with is infinitely far.
+    """
+    found, kept = np.empty(len(features), np.float32), kept.astype(np.float32).T
+    for start in range(0, len(features), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        similarities = features[chunk] @ kept
+        if groups is not None:
+            similarities[groups[chunk, None] == groups] = -np.inf
+        nearest = np.partition(similarities, -min(NEIGHBORS, kept.shape[1]), axis=1)[:, -NEIGHBORS:]
+        others = np.isfinite(nearest)
+        counts, sums = others.sum(axis=1), np.where(others, nearest, 0).sum(axis=1)
+        found[chunk] = np.where(counts, 1 - sums / np.maximum(counts, 1), np.inf)
+    return found
+
+
+def distance_limit(held_out_distances: Sequence[float] | None, keep: float, name: object) -> float:
+    """Return the distance beyond which a photo is unknown, so that a share of `keep` has its answer.
+
+    Split conformal prediction: of photos like the held-back ones. Raises `UserError` if the model `name` was
+    saved without them (None), or too few photos were held back.
+    """
+    if held_out_distances is None:
+        raise UserError(
+            f"--reject: {name} was saved without features of its training photos; train it again, or add them"
+            " by resuming its finished run: scripts/train.py with the same flags and --resume auto"
+        )
+    limit = conformal_quantile(held_out_distances, keep)
+    if limit is None:
+        raise UserError(
+            f"--keep {keep} needs {photos_needed(keep)} held-back photos or more; {name} has"
+            f" {len(held_out_distances)}"
+        )
+    return limit
+
+
+def save(neighbors: Neighbors, file: Path) -> None:
+    """Write neighbours atomically as a .safetensors file."""
+    from safetensors.numpy import save_file
+
+    from hotdog_hf.files import replacing_file
+
+    with replacing_file(file) as part:
+        tensors = {"features": neighbors.features, "held_out_distances": neighbors.held_out_distances}
+        save_file(tensors, part, {"held_out": neighbors.held_out})
+        part.chmod(file.parent.stat().st_mode & 0o666)  # safetensors restricts it to the user
+
+
+def load(file: str | os.PathLike) -> Neighbors:
+    """Read the neighbours of a saved model. Raises `UserError` if the file is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "numpy") as content:
+            names = "features", "held_out_distances"
+            return Neighbors(*map(content.get_tensor, names), content.metadata()["held_out"])
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {file}: {error}; train the model again") from error
