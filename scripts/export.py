@@ -81,7 +81,7 @@ def main(config: ExportConfig) -> None:
         return
     takes_photos = config.input == "bytes"
     difference = export_onnx(config.model, config.out, config.opset, takes_photos=takes_photos, **smaller)
-    print(f"{config.out}: ONNX opset {config.opset}, probabilities within {difference:.0e} of PyTorch's")
+    print(f"{config.out}: ONNX opset {config.opset}, outputs within {difference:.0e} of PyTorch's")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_the_script_says_what_it_wrote(tmp_path):
     saved = save_model(target("test_vit"), tmp_path / "model")  # of which the exporter warns much
     done = run("python", ROOT / "scripts/export.py", saved, tmp_path / "model.onnx", "--opset", 18)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{tmp_path}/model.onnx: ONNX opset 18, probabilities within ")
+    assert done.stdout.startswith(f"{tmp_path}/model.onnx: ONNX opset 18, outputs within ")
     assert done.stderr == ""
     assert load_predictor(tmp_path / "model.onnx").label_names == ["hotdog", "not-hotdog"]
 

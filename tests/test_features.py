@@ -35,9 +35,9 @@ def computed(monkeypatch):
     """Titles of the features that did not come from the cache, in order."""
     titles, compute = [], engine.pooled_features
 
-    def compute_and_note(accelerator, net, loader, title=""):
+    def compute_and_note(accelerator, net, loader, title="", **options):
         titles.append(title)
-        return compute(accelerator, net, loader, title)
+        return compute(accelerator, net, loader, title, **options)
 
     monkeypatch.setattr(engine, "pooled_features", compute_and_note)
     return titles

@@ -318,7 +318,9 @@ def predict_paths(
                 if set_limit is not None:
                     within = calibration.classes_within(row, set_limit) & (not unknown)
                     classes = tuple(label_names[i] for i in np.argsort(-row, kind="stable") if within[i])
-                yield Prediction(item[0], label, values, classes, distance and round(float(distance), 4))
+                yield Prediction(
+                    item[0], label, values, classes, distance if distance is None else float(distance)
+                )
 
 
 def _read(found: str | UserError, predictor: Predictor) -> tuple[str, np.ndarray] | UserError:
@@ -359,7 +361,7 @@ def format_prediction(style: str, prediction: Prediction) -> str:
     if style == "jsonl":
         row = {"path": path, "label": label, "probability": probability, "probabilities": probabilities}
         row |= {} if classes is None else {"set": classes}
-        return json.dumps(row if distance is None else row | {"distance": distance})
+        return json.dumps(row if distance is None else row | {"distance": round(distance, 4)})
     values = [f"{value:.4f}" for value in probabilities.values()]
     measured = None if distance is None else f"{distance:.4f}"
     if style == "csv":
