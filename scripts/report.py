@@ -2,6 +2,7 @@
 
 python scripts/report.py runs/demo/model --data-dir data/sample            # writes report/report.html
 python scripts/report.py user/name --data-dir my/photos --split validation --output-dir my/report
+python scripts/report.py runs/demo/model --foreign other/photos            # how many of them are unknown
 accelerate launch scripts/report.py runs/demo/model --data-dir data/sample # on all GPUs, same results
 """
 
@@ -35,6 +36,9 @@ class ReportConfig:
     seed: int | None = None
     # Photos that cannot be read: stop and name them, or skip them.
     bad_images: Literal["fail", "skip"] = "fail"
+    # A folder of photos of other things, without labels: how many of them the model calls unknown, as
+    # predict.py --reject does.
+    foreign: str | None = None
     # Folder of the report; replaces an earlier one.
     output_dir: str = "report"
     # Class that precision, recall, F1 and the threshold are computed for. Unset: "hotdog" if it exists.
@@ -70,6 +74,8 @@ def main(config: ReportConfig) -> None:
     # In float32, like scripts/predict.py and every other loader of the folder.
     accelerator = launch.build_accelerator("no")
     net = runner.load_model(accelerator, config.model)
+    if config.foreign:
+        runner.check_can_reject(net, config.model, config.foreign)
     knobs = runner.run_knobs(config.model)
     fraction, seed, labels = runner.photos_of_run(knobs, config.data_dir)
     seed = seed if config.seed is None else config.seed
@@ -80,7 +86,8 @@ def main(config: ReportConfig) -> None:
         accelerator, net, photos, config.split, config.positive_label, config.batch_size
     )
     if accelerator.is_main_process:
-        summary = runner.summary_of(evaluation, config.model)
+        foreign = config.foreign and runner.foreign_distances(config.model, config.foreign, config.batch_size)
+        summary = runner.summary_of(evaluation, config.model, foreign)
         page.write_report(
             folder,
             summary,
@@ -89,6 +96,7 @@ def main(config: ReportConfig) -> None:
             pictures=runner.draw_galleries(accelerator, evaluation),
             knobs=knobs,
             command=shlex.join(["python", *sys.argv]),
+            distances=(evaluation.distances, foreign),
         )
         print(page.describe(summary), f"report: {folder / 'report.html'}", sep="\n")
     del net, evaluation  # a distributed network still alive at exit may abort the process

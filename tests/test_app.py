@@ -14,6 +14,7 @@ from conftest import ROOT, draw_photos, run
 from PIL import Image
 from test_deploy import smooth
 from test_hub import target
+from test_reject import foreign, keep_for
 
 from hotdog_hf.data.splits import load_photos
 from hotdog_hf.deploy import app
@@ -54,6 +55,20 @@ def test_an_answer_is_the_predictors_with_its_reason(run_dir, onnx_model, tmp_pa
     (tmp_path / "broken.jpg").write_text("no image")
     broken = app.answer(predictor, str(tmp_path / "broken.jpg"))
     assert broken == ("broken.jpg cannot be read as an image. Try a JPEG, PNG or WebP file.", None, None)
+
+
+def test_a_photo_unlike_the_training_photos_is_unknown(tmp_path):
+    model = keep_for(
+        saved.save_model(target(), tmp_path / "model"), [smooth(64, 64, seed) for seed in range(40)]
+    )
+    smooth(64, 64, 100).save(tmp_path / "like.png")
+    foreign().save(tmp_path / "unlike.png")
+    export_onnx(model, tmp_path / "model.onnx", takes_photos=True)
+    for name in ("model", "model.onnx"):
+        predictor = load_predictor(tmp_path / name)
+        like, unlike = (app.answer(predictor, str(tmp_path / f"{each}.png")) for each in ("like", "unlike"))
+        assert unlike.sentence == "Unknown: unlike all training photos" and len(unlike.probabilities) == 2
+        assert re.search(r"hotdog \(\d+%\)$", like.sentence)
 
 
 @pytest.mark.parametrize(

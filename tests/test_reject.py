@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,7 +17,8 @@ from test_deploy import smooth
 from test_hub import target
 from test_resume import train_here
 
-from hotdog_hf.data.images import normalize, resize_and_crop
+from hotdog_hf.data.images import Photo, normalize, resize_and_crop
+from hotdog_hf.data.splits import load_photos
 from hotdog_hf.deploy.export import export_onnx
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import neighbors, network, saved
@@ -27,11 +29,11 @@ PREDICT = ROOT / "scripts/predict.py"
 
 
 def features_of(net, images):
-    """Return unit features of images, uint8 [H, W, 3] each."""
+    """Return the unit roots of the features of images, uint8 [H, W, 3] each."""
     config = network.data_config_of(net)
     pixels = torch.from_numpy(normalize(np.stack(images), config))
     with torch.inference_mode():
-        return neighbors.unit(network.forward_with_features(net, pixels)[1].numpy())
+        return neighbors.unit_roots(network.forward_with_features(net, pixels)[1].numpy())
 
 
 def keep_for(folder, photos):
@@ -79,7 +81,7 @@ def test_as_many_photos_are_kept_as_fit_and_rare_classes_whole(monkeypatch):
 
 def test_the_distance_is_that_to_the_nearest_photos_of_other_groups(monkeypatch):
     monkeypatch.setattr(neighbors, "CHUNK", 7)
-    features = neighbors.unit(np.random.default_rng(0).normal(size=(30, 8)))
+    features = neighbors.unit_roots(np.random.default_rng(0).normal(size=(30, 8)))
     groups = np.arange(30) // 3
     found = neighbors.distances(features, features, groups)
     for index in range(30):
@@ -87,13 +89,14 @@ def test_the_distance_is_that_to_the_nearest_photos_of_other_groups(monkeypatch)
         assert found[index] == pytest.approx(1 - others[-5:].mean(), abs=1e-6)
     assert neighbors.distances(features[:2], features[:1])[0] == pytest.approx(0, abs=1e-6)
     assert np.isinf(neighbors.distances(features, features, np.zeros(30))).all()
-    assert np.isfinite(neighbors.unit(np.zeros((1, 4)))).all()
+    assert np.isfinite(neighbors.unit_roots(np.zeros((1, 4)))).all()
+    assert neighbors.unit_roots(np.array([[-9, 16]])) == pytest.approx(np.array([[-0.6, 0.8]]))
 
 
 def test_the_share_that_is_promised_is_kept():
     kept = []
     for seed in range(60):
-        features = neighbors.unit(np.random.default_rng(seed).normal(1, 1, (300, 8)))
+        features = neighbors.unit_roots(np.random.default_rng(seed).normal(1, 1, (300, 8)))
         train, others = features[:120], features[120:]
         limit = neighbors.distance_limit(
             np.sort(neighbors.distances(train, train, np.arange(120))), 0.9, "it"
@@ -104,30 +107,39 @@ def test_the_share_that_is_promised_is_kept():
         neighbors.distance_limit([0.1] * 20, 0.99, "it")
 
 
-def test_a_run_keeps_its_photos_but_no_copy_is_its_own_neighbour(photos_dir, tiny_weights, tmp_path):
+def test_a_run_keeps_its_photos_but_no_copy_is_its_own_neighbour(
+    photos_dir, tiny_weights, tmp_path, monkeypatch
+):
     shutil.copytree(photos_dir, tmp_path / "photos")
     for path in list((tmp_path / "photos/train").rglob("*.png")):
         shutil.copy(path, path.with_name(f"copy-{path.name}"))
-    for data_dir, name in ((photos_dir, "single"), (tmp_path / "photos", "double")):
-        train_here(tiny_weights, data_dir, tmp_path / name, "--epochs", 1, "--lr", 1e-9)
-    single, double = (
-        neighbors.load(tmp_path / name / "model" / neighbors.FILE) for name in ("single", "double")
-    )
-    assert single.features.shape == (25, 96) and single.features.dtype == np.float16
-    assert double.features.shape == (50, 96) and single.held_out == double.held_out == "train"
-    # With a copy of each, the 5 nearest are 3 photos, and never a photo itself.
-    assert double.held_out_distances.min() > single.held_out_distances.min() / 2 > 1e-6
-    predictor = load_predictor(tmp_path / "single/model")
-    images = [predictor.prepare(Image.open(path)) for path in sorted((photos_dir / "train").rglob("*.png"))]
-    assert (predictor.with_distances(np.stack(images))[1] < single.held_out_distances.max() + 1e-6).all()
+    measure, groups = neighbors.distances, []
+    monkeypatch.setattr(neighbors, "distances", lambda *given: groups.extend(given[2]) or measure(*given))
+    train_here(tiny_weights, tmp_path / "photos", tmp_path / "run", "--epochs", 1)
+    kept = neighbors.load(tmp_path / "run/model" / neighbors.FILE)
+    assert kept.features.shape == (50, 96) and kept.features.dtype == np.float16 and kept.held_out == "train"
+    assert len(kept.held_out_distances) == 50 and (np.diff(kept.held_out_distances) >= 0).all()
+    contents = [Path(row["path"]).read_bytes() for row in load_photos(tmp_path / "photos")["train"]["image"]]
+    same = np.array(contents)[:, None] == np.array(contents)
+    assert (np.array(groups)[:, None] == groups).tolist() == same.tolist() and same.sum() == 100
+    predictor = load_predictor(tmp_path / "run/model")
+    found = features_of(predictor.net, [predictor.prepare(Photo(content)) for content in contents])
+    assert found == pytest.approx(kept.features, abs=1e-3)
 
 
-def test_a_probe_keeps_what_it_was_fitted_to_and_a_resumed_run_adds_it(photos_dir, tiny_weights, tmp_path):
+def test_a_probe_keeps_what_it_was_fitted_to_and_a_resumed_run_adds_it(
+    photos_dir, tiny_weights, tmp_path, monkeypatch
+):
     flags = tiny_weights, photos_dir, tmp_path / "run", "--recipe", "probe", "--val-fraction", 0.2
     train_here(*flags, "--no-neighbors")
     file = tmp_path / "run/model" / neighbors.FILE
     assert not file.exists()
     weights = (tmp_path / "run/model/model.safetensors").read_bytes()
+    train_here(*flags, "--resume", "auto")
+    few = neighbors.load(file)
+    assert few.held_out == "train" and len(few.held_out_distances) == 20
+    file.unlink()
+    monkeypatch.setattr(neighbors, "MIN_VALIDATION", 5)
     train_here(*flags, "--resume", "auto")
     kept = neighbors.load(file)
     assert kept.held_out == "validation" and len(kept.held_out_distances) == 5 and len(kept.features) == 20

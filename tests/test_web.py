@@ -18,6 +18,7 @@ from conftest import ROOT, run
 from PIL import Image, ImageCms
 from test_deploy import smooth
 from test_hub import target
+from test_reject import foreign, keep_for
 
 from hotdog_hf.deploy import static_page
 from hotdog_hf.errors import UserError
@@ -160,6 +161,22 @@ def test_what_is_no_image_gets_a_sentence_and_the_next_photo_an_answer(page, tmp
     assert len(found["good.png"][1]) == 5
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.get_by_role("status").inner_text().startswith("good.png: ")
+
+
+def test_a_photo_unlike_the_training_photos_is_unknown(browser, exported, tmp_path):
+    model = keep_for(model_of(tmp_path, LABELS[:2]), [smooth(64, 64, seed) for seed in range(40)])
+    static_page.export_page(model, tmp_path / "page", ORT_DIR)
+    smooth(64, 64, 100).save(tmp_path / "like.png")
+    foreign().save(tmp_path / "unlike.png")
+    with serving(tmp_path / "page") as address:
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.goto(address)
+        page.set_input_files("#files", [tmp_path / "like.png", tmp_path / "unlike.png"])
+        found = results_of(page, 2)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.close()
+    assert found["unlike.png"][0].startswith("Unknown: unlike all training photos\n")
+    assert len(found["unlike.png"][1]) == 2 and "nknown" not in found["like.png"][0]
 
 
 def test_it_works_offline_after_the_first_load(browser, exported, tmp_path):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from hotdog_hf.data.images import IMAGE_SUFFIXES, Photo, decode_image, normalize
 from hotdog_hf.errors import UserError
+from hotdog_hf.model import neighbors
 from hotdog_hf.model.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ NEEDS_GRADIO = 'this needs gradio: pip install -e ".[app]"'
 MAX_EXAMPLES, MAX_BARS = 8, 5
 # Below these probabilities the answer is "probably ..." and "not sure". As in page/app.js.
 SURE, LIKELY = 0.9, 0.6
+# The answer for a photo that may be none of the classes. As in page/app.js.
+UNKNOWN = "Unknown: unlike all training photos"
 # Uploaded photos are deleted after so many seconds.
 KEEP_UPLOADS = 3600
 # As many columns of answers as fit, whole captions, and a title in one line, on a phone too.
@@ -51,11 +54,14 @@ def answer(predictor: Predictor, path: str, explain: bool = True) -> Answer:
         prepared = predictor.prepare(Photo(path))
     except UserError:
         return Answer(f"{Path(path).name} cannot be read as an image. Try a JPEG, PNG or WebP file.")
-    row = predictor.probabilities(np.stack([prepared]))[0]
+    limit = neighbors.usual_limit(predictor.held_out_distances)
+    [row], [distance] = predictor.predict(np.stack([prepared]), measure=limit is not None)
     best = int(row.argmax())
     heat = explain_answer(predictor, prepared, best) if explain else None
     probabilities = dict(zip(predictor.label_names, row.tolist(), strict=True))
-    return Answer(describe(predictor.label_names[best], float(row[best])), probabilities, heat)
+    unknown = limit is not None and distance > limit
+    sentence = UNKNOWN if unknown else describe(predictor.label_names[best], float(row[best]))
+    return Answer(sentence, probabilities, heat)
 
 
 def title_of(label_names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import onnx.compose
 import onnx.parser
 
 from hotdog_hf.errors import UserError
-from hotdog_hf.model.neighbors import KEEP, NEIGHBORS, Neighbors, distance_limit
+from hotdog_hf.model.neighbors import NEIGHBORS, Neighbors, usual_limit
 
 # The first version of the operators that takes how many neighbours are the nearest as an input.
 DISTANCE_OPSET = 10
@@ -35,9 +35,13 @@ def add_distance(network: onnx.ModelProto, kept: Neighbors) -> onnx.ModelProto:
             float[{nearest}, 1] shares = {{{", ".join([repr(1 / nearest)] * nearest)}}}, float one = {{1}}
         >
         {{
-            directions = LpNormalization <axis = 1, p = 2> (features)
+            signs = Sign (features)
+            sizes = Abs (features)
+            size_roots = Sqrt (sizes)
+            roots = Mul (signs, size_roots)
+            unit_roots = LpNormalization <axis = 1, p = 2> (roots)
             photos = Cast <to = {onnx.TensorProto.FLOAT}> (kept)
-            similarities = MatMul (directions, photos)
+            similarities = MatMul (unit_roots, photos)
             highest, indices = TopK (similarities, nearest)
             mean = MatMul (highest, shares)
             similarity = Reshape (mean, flat)
@@ -55,13 +59,11 @@ def add_distance(network: onnx.ModelProto, kept: Neighbors) -> onnx.ModelProto:
 
 
 def describe_distances(kept: Neighbors) -> dict[str, str]:
-    """Return the metadata of a model: distances of held-back photos, and the limit for `unknown` at `KEEP`.
+    """Return the metadata of a model: distances of held-back photos, and the usual limit.
 
     There is no limit if too few photos were held back.
     """
     rounded = [round(float(value), 7) for value in kept.held_out_distances]
     about = {"held_out_distances": json.dumps(rounded)}
-    try:
-        return about | {"distance_limit": repr(distance_limit(rounded, KEEP, "the model"))}
-    except UserError:
-        return about
+    limit = usual_limit(rounded)
+    return about if limit is None else about | {"distance_limit": repr(limit)}

@@ -74,7 +74,7 @@ def export_onnx(
 
         exported = distance.add_distance(exported, kept)
         about |= distance.describe_distances(kept)
-        expected[1] = neighbors.distances(neighbors.unit(expected[1]), kept.features)
+        expected[1] = neighbors.distances(neighbors.unit_roots(expected[1]), kept.features)
     onnx.helper.set_model_props(exported, about)
     out = Path(out)
     try:

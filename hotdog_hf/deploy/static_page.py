@@ -14,6 +14,7 @@ from hotdog_hf.deploy.export import export_onnx
 from hotdog_hf.errors import UserError
 from hotdog_hf.files import replacing_file, replacing_folder, write_json, writing_to
 from hotdog_hf.machine import cache_dir
+from hotdog_hf.model.neighbors import usual_limit
 from hotdog_hf.model.predictor import load_predictor
 from hotdog_hf.webpage import check_output_dir
 
@@ -72,12 +73,13 @@ def _describe(folder: Path) -> dict:
     """Return what the page needs to know: classes, files to keep for offline use, and their versions."""
     names = (MODEL, PACKED_WASM, SCRIPT, *PAGE_FILES)
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:12] for name in names}
-    label_names = load_predictor(folder / MODEL).label_names
-    everything = repr((sorted(digests.items()), label_names))
+    predictor = load_predictor(folder / MODEL)
+    everything = repr((sorted(digests.items()), predictor.label_names))
     return {
         "hotdog_hf": hotdog_hf.__version__,
         "version": hashlib.sha256(everything.encode()).hexdigest()[:12],
-        "label_names": label_names,
+        "label_names": predictor.label_names,
+        "distance_limit": usual_limit(predictor.held_out_distances),
         "bytes": sum((folder / name).stat().st_size for name in names),
         "files": {
             "model": f"{MODEL}?{digests[MODEL]}",

@@ -1,8 +1,10 @@
 """Photos unlike all that a model has learned: their distance to the nearest training photos.
 
-The distance is 1 minus the mean cosine similarity to the `NEIGHBORS` nearest training photos, between the
-features that the output layer takes (k-nearest-neighbour rejection; Sun et al., arXiv 2204.06507). Imports no
-torch: an exported model measures it without.
+The distance is 1 minus the mean cosine similarity to the `NEIGHBORS` nearest training photos, between
+square roots of the features that the output layer takes: k-nearest-neighbour rejection (Sun et al., arXiv
+2204.06507) with Hellinger's kernel (as in RootSIFT; Arandjelovic and Zisserman, 2012). The roots keep a few
+large features from deciding alone, by which fine-tuned networks reject better. Imports no torch: an exported
+model measures the distance without it.
 """
 
 import os
@@ -19,8 +21,10 @@ FILE = "neighbors.safetensors"
 NEIGHBORS = 5
 # What is kept of the training photos: their features fit into 5 MB, so that a model stays quick to download.
 MAX_PHOTOS, MAX_BYTES = 5000, 5_000_000
-# Held-back photos whose distances are kept: a random subset keeps the promise as well.
+# Photos whose distances are kept: a random subset keeps the promise as well.
 MAX_HELD_OUT = 2000
+# With fewer validation photos, the distances of training photos to the others tell more.
+MIN_VALIDATION = 200
 # The share of photos like the held-back ones that keep their answer, unless another is asked for.
 KEEP = 0.95
 # The label of the others.
@@ -30,7 +34,7 @@ CHUNK = 512
 
 
 class Neighbors(NamedTuple):
-    """Unit features of training photos, float16 [N, D], and how far from them other photos were."""
+    """The `unit_roots` of training photos, float16 [N, D], and how far from them other photos were."""
 
     features: np.ndarray
     # Distances of held-back photos, sorted, float32 [M].
@@ -53,15 +57,15 @@ def photos_to_keep(labels: np.ndarray, dimensions: int, seed: int) -> np.ndarray
     return np.sort(by_class[np.argsort(rank, kind="stable")[:most]])
 
 
-def unit(features: np.ndarray) -> np.ndarray:
-    """Return features [N, D] with a length of 1, float32."""
-    features = np.asarray(features, np.float32)
-    lengths = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(lengths, np.finfo(np.float32).tiny)
+def unit_roots(features: np.ndarray) -> np.ndarray:
+    """Return the square roots of features [N, D], with their signs, scaled to a length of 1; float32."""
+    roots = np.sign(features) * np.sqrt(np.abs(features, dtype=np.float32))
+    lengths = np.linalg.norm(roots, axis=1, keepdims=True)
+    return roots / np.maximum(lengths, np.finfo(np.float32).tiny)
 
 
 def distances(features: np.ndarray, kept: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
-    """Return the distance, float32 [M], of unit features [M, D] to those kept with the model [N, D].
+    """Return the distance, float32 [M], of `unit_roots` [M, D] to those kept with the model [N, D].
 
     `groups` [N] says that `features` are those kept themselves: a photo's own group is then left out, and a
     photo that all others share a group with is infinitely far.
@@ -99,6 +103,11 @@ def distance_limit(held_out_distances: Sequence[float] | None, keep: float, name
     return limit
 
 
+def usual_limit(held_out_distances: Sequence[float] | None) -> float | None:
+    """Return the `distance_limit` for `KEEP`, None if a model has none."""
+    return None if held_out_distances is None else conformal_quantile(held_out_distances, KEEP)
+
+
 def save(neighbors: Neighbors, file: Path) -> None:
     """Write neighbours atomically as a .safetensors file."""
     from safetensors.numpy import save_file
@@ -111,10 +120,12 @@ def save(neighbors: Neighbors, file: Path) -> None:
         part.chmod(file.parent.stat().st_mode & 0o666)  # safetensors restricts it to the user
 
 
-def load(file: str | os.PathLike) -> Neighbors:
-    """Read the neighbours of a saved model. Raises `UserError` if the file is damaged."""
+def load(file: str | os.PathLike) -> Neighbors | None:
+    """Read the neighbours of a saved model, None without such a file; `UserError` if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
+    if not Path(file).is_file():
+        return None
     try:
         with safe_open(file, "numpy") as content:
             names = "features", "held_out_distances"

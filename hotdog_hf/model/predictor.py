@@ -154,7 +154,7 @@ def _load_saved(name: str | os.PathLike, precision: str) -> Predictor:
     def with_distances(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with autocast:
             logits, features = network.forward_with_features(net, pixels(images))
-        found = neighbors.distances(neighbors.unit(features.cpu().numpy()), kept.features)
+        found = neighbors.distances(neighbors.unit_roots(features.cpu().numpy()), kept.features)
         return logits.float().softmax(dim=1).cpu().numpy(), found
 
     return Predictor(

@@ -127,8 +127,7 @@ def load_model(name: str | os.PathLike, image_size: int | None = None) -> torch.
     except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot load the model in {name}: {str(error).splitlines()[0]}") from error
     model.pretrained_cfg["calibration"] = config.get("calibration")
-    kept = folder / neighbors.FILE
-    model.pretrained_cfg["neighbors"] = str(kept) if kept.is_file() else None
+    model.pretrained_cfg["neighbors"] = str(folder / neighbors.FILE)
     if not model.pretrained_cfg.get("label_names"):
         raise UserError(f"{name}: config.json names no classes (label_names)")
     return model

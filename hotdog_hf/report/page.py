@@ -37,6 +37,10 @@ def describe(summary: dict) -> str:
     rows = [f"{'':<40}{'value':>8}{'low':>8}{'high':>8}"]
     for name, entry in summary["values"].items():
         rows.append(f"{METRIC_NAMES[name]:<40}" + "".join(f"{value:8.4f}" for value in entry.values()))
+    for level in (summary["rejection"] or {"levels": []})["levels"]:
+        foreign = "" if level["caught"] is None else f", {level['caught']:.1%} of the foreign ones"
+        unknown = f"{1 - level['kept']:.1%} of these photos{foreign}"
+        rows.append(f"predict.py --reject --keep {level['promised']}: unknown are {unknown}")
     return "\n".join(rows)
 
 
@@ -50,18 +54,19 @@ def write_report(
     pictures: dict[str, list[dict]],
     knobs: Sequence[tuple[str, str, object]],
     command: str,
+    distances: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
 ) -> None:
     """Write metrics.json, predictions.csv and report.html to `folder` atomically.
 
     `summary` is that of `summarise` with `model`, `data_dir`, `split`, `label_names`, `positive_label`,
-    `threshold` and `calibration` (a dict, or None); a picture has `index`, `photo` and `overlay` (data URIs
-    or None).
+    `threshold`, `calibration` and `rejection` (a dict, or None); a picture has `index`, `photo` and `overlay`
+    (data URIs or None). `distances` are those of the split's photos and of foreign ones, None without.
     """
     with writing_to(folder), replacing_folder(folder) as part:
         text = json.dumps({"hotdog_hf": hotdog_hf.__version__, **summary}, indent=2, allow_nan=False)
         (part / FILES[0]).write_text(text + "\n", encoding="utf-8")
         write_predictions(part / FILES[1], files, probabilities, labels, summary["label_names"])
-        page = _page(summary, files, probabilities, labels, pictures, knobs, command)
+        page = _page(summary, files, probabilities, labels, pictures, knobs, command, distances)
         (part / FILES[2]).write_text(page, encoding="utf-8")
 
 
@@ -73,6 +78,7 @@ def _page(
     pictures: dict[str, list[dict]],
     knobs: Sequence[tuple[str, str, object]],
     command: str,
+    distances: tuple[np.ndarray | None, np.ndarray | None],
 ) -> str:
     names, positive = [printable(name) for name in summary["label_names"]], summary["positive_label"]
     chosen, calibration = probabilities.argmax(axis=1), summary.get("calibration")
@@ -101,6 +107,8 @@ def _page(
             (calibration or {}).get("temperature", 1.0),
         ),
         calibration=calibration,
+        rejection=summary.get("rejection"),
+        distances=distances[0] is not None and _distances(*distances, summary["rejection"]["levels"]),
         shown=shown,
         max_table=MAX_TABLE_CLASSES,
         confused=most_confused(summary["confusion_matrix"], MAX_TABLE_CLASSES),
@@ -165,3 +173,21 @@ def _plots(
         axes.yaxis.get_major_locator().set_params(integer=True)
 
     return {draw.__name__: webpage.svg(draw) for draw in (roc, precision_recall, reliability, histogram)}
+
+
+def _distances(own: np.ndarray, foreign: np.ndarray | None, levels: Sequence[dict]) -> Markup:
+    """Draw the distances of a split's photos, and of foreign ones, with the limit of each level."""
+
+    def distances(axes: plt.Axes) -> None:
+        shown = [own] if foreign is None else [own, foreign]
+        bins = np.linspace(0, max(values.max() for values in shown), 31)
+        for values, colour in zip(shown, SERIES, strict=False):
+            shares = np.full(len(values), 1 / len(values))
+            axes.hist(values, bins=bins, weights=shares, color=colour, alpha=0.6)
+        for level in levels:
+            axes.axvline(level["limit"], color=INK, linewidth=0.8, linestyle=":")
+        axes.set(
+            xlabel="Distance to the nearest training photos", ylabel="Share of the photos", xlim=(0, None)
+        )
+
+    return webpage.svg(distances)

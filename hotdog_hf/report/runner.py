@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,16 @@ from hotdog_hf.config import DataConfig
 from hotdog_hf.data import images, loaders, transforms
 from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import Photos, resolve_positive
-from hotdog_hf.errors import UserError
-from hotdog_hf.model import gradcam, network, saved
-from hotdog_hf.report.scores import choose_threshold, label_order, summarise, summarise_calibration
+from hotdog_hf.errors import UserError, message_of
+from hotdog_hf.model import gradcam, neighbors, network, saved
+from hotdog_hf.model.predictor import load_predictor, predict_paths
+from hotdog_hf.report.scores import (
+    choose_threshold,
+    label_order,
+    summarise,
+    summarise_calibration,
+    summarise_rejection,
+)
 from hotdog_hf.training import engine, launch
 from hotdog_hf.webpage import image_uri
 
@@ -38,6 +47,9 @@ class Evaluation:
     predicted: dict[str, tuple[np.ndarray, np.ndarray]]
     # What was kept with the model, see `model.calibration`; None without held-out photos.
     calibration: dict | None = None
+    # What was kept of the training photos, see `model.neighbors`, and how far from them the split's are.
+    kept: neighbors.Neighbors | None = None
+    distances: np.ndarray | None = None
 
     @property
     def names(self) -> list[str]:
@@ -73,20 +85,64 @@ def evaluate(
     order = label_order(photos.label_names, label_names)
     positive_label = resolve_positive(label_names, positive_label)
     chooses = positive_label and "validation" in photos.splits
-    calibration = net.pretrained_cfg.get("calibration")
-    predicted, transform = {}, transforms.eval_transform(data_config)
-    net = accelerator.prepare(net.to(memory_format=transforms.MEMORY_FORMAT))
+    calibration, kept = net.pretrained_cfg.get("calibration"), saved.neighbors_of(net)
+    predicted, distances, transform = {}, None, transforms.eval_transform(data_config)
+    bare = net.to(memory_format=transforms.MEMORY_FORMAT)
+    net = accelerator.prepare(bare)
     for name in dict.fromkeys([split, *(["validation"] if chooses else [])]):
         photo_set = loaders.PhotoDataset(photos.splits[name], transform)
         loader = loaders.eval_loader(photo_set, batch_size, num_workers=launch.default_workers(accelerator))
         loader = accelerator.prepare(loader)
-        probabilities, labels = engine.predict(accelerator, net, loader, title=name)
+        if kept and name == split:
+            probabilities, labels, features = engine.predict_with_features(accelerator, bare, loader, name)
+            distances = neighbors.distances(neighbors.unit_roots(features.numpy()), kept.features)
+        else:
+            probabilities, labels = engine.predict(accelerator, net, loader, title=name)
         predicted[name] = probabilities.numpy(), order[labels.numpy()]
-    return Evaluation(net, data_config, photos, split, label_names, positive_label, predicted, calibration)
+    return Evaluation(
+        net,
+        data_config,
+        photos,
+        split,
+        label_names,
+        positive_label,
+        predicted,
+        calibration,
+        kept,
+        distances,
+    )
 
 
-def summary_of(evaluation: Evaluation, model: str) -> dict:
-    """Return all metrics of a report, as `page.write_report` expects them."""
+def check_can_reject(net: torch.nn.Module, model: str, foreign: str) -> None:
+    """Raise `UserError` if the model cannot tell foreign photos, or there is no such folder."""
+    if not Path(foreign).is_dir():
+        raise UserError(f"--foreign {foreign}: no such folder")
+    if saved.neighbors_of(net) is None:
+        neighbors.distance_limit(None, neighbors.KEEP, model)  # says what to do
+
+
+def foreign_distances(model: str, folder: str, batch_size: int) -> np.ndarray:
+    """Return the distances [N] of all photos below a folder; what cannot be read is named and left out.
+
+    Raises `UserError` if none can.
+    """
+    predictor, found = load_predictor(model), []
+    results = predict_paths(predictor, [folder], np.argmax, batch_size, distance_limit=math.inf)
+    for result in tqdm(results, desc="foreign photos", unit="img", leave=False, disable=None):
+        if isinstance(result, UserError):
+            tqdm.write(f"not used: {message_of(result)}", file=sys.stderr)
+        else:
+            found.append(result.distance)
+    if not found:
+        raise UserError(f"--foreign {folder} has no photo that can be read")
+    return np.array(found)
+
+
+def summary_of(evaluation: Evaluation, model: str, foreign: np.ndarray | None = None) -> dict:
+    """Return all metrics of a report, as `page.write_report` expects them.
+
+    `foreign` [N] are distances of other photos, see `foreign_distances`.
+    """
     label_names, positive_label = evaluation.label_names, evaluation.positive_label
     probabilities, labels = evaluation.predicted[evaluation.split]
     threshold = None
@@ -100,6 +156,7 @@ def summary_of(evaluation: Evaluation, model: str) -> dict:
         "positive_label": positive_label,
         "threshold": threshold,
         "calibration": summarise_calibration(probabilities, labels, evaluation.calibration),
+        "rejection": summarise_rejection(evaluation.kept, evaluation.distances, foreign),
         **summarise(probabilities, labels, label_names, positive_label),
     }
 

@@ -16,11 +16,14 @@ from hotdog_hf.metrics import (
     log_loss,
     sum_by,
 )
-from hotdog_hf.model.calibration import classes_within, set_limit, uncalibrated
+from hotdog_hf.model.calibration import classes_within, conformal_quantile, set_limit, uncalibrated
+from hotdog_hf.model.neighbors import Neighbors
 
 RESAMPLES = 1000
 # What the sets of classes promise in a report.
 COVERAGES = (0.9, 0.95)
+# The shares of photos that keep their answer in a report, if a model can say `unknown`.
+KEPT = (0.9, 0.95, 0.99)
 # Photos times resamples per chunk of weights, 4 bytes each.
 MAX_WEIGHTS = 2_000_000
 
@@ -150,6 +153,43 @@ def summarise_calibration(
         "loss": {name: log_loss(rows, labels) for name, rows in both.items()},
         "calibration_error": {name: calibration_error(rows, labels) for name, rows in both.items()},
         "sets": sets,
+    }
+
+
+def summarise_rejection(
+    kept: Neighbors | None, distances: np.ndarray | None, foreign: np.ndarray | None
+) -> dict | None:
+    """Return how many photos are unknown at each share that a model promises to keep; None if it cannot tell.
+
+    `distances` [N] are those of a split's photos, `foreign` [M] those of photos of other things, None without
+    any; for these also how well the distance tells them from the split's (ROC-AUC).
+    """
+    if kept is None:
+        return None
+    levels = []
+    for keep in KEPT:
+        limit = conformal_quantile(kept.held_out_distances, keep)
+        if limit is not None:
+            caught = None if foreign is None else float((foreign > limit).mean())
+            levels.append(
+                {
+                    "promised": keep,
+                    "limit": limit,
+                    "kept": float((distances <= limit).mean()),
+                    "caught": caught,
+                }
+            )
+    auc = None
+    if foreign is not None:
+        is_foreign = np.repeat([0, 1], [len(distances), len(foreign)])
+        auc = float(sk.roc_auc_score(is_foreign, np.concatenate([distances, foreign])))
+    return {
+        "training_photos": len(kept.features),
+        "held_out": kept.held_out,
+        "photos": len(kept.held_out_distances),
+        "levels": levels,
+        "foreign_photos": None if foreign is None else len(foreign),
+        "roc_auc": auc,
     }
 
 

@@ -11,6 +11,7 @@ import huggingface_hub
 from hotdog_hf.files import write_text
 from hotdog_hf.metrics import CARD_METRICS, MAX_TABLE_CLASSES, most_confused
 from hotdog_hf.model.licenses import card_license, license_warning
+from hotdog_hf.model.neighbors import KEEP, Neighbors, usual_limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class CardFacts:
     versions: str
     # What the recipe "best" tried and chose: the content of choice.json.
     choice: dict | None = None
+    # What was kept of the training photos, see `model.neighbors`.
+    neighbors: Neighbors | None = None
 
 
 def write_card(run_dir: str | os.PathLike, facts: CardFacts) -> Path:
@@ -64,7 +67,7 @@ def write_card(run_dir: str | os.PathLike, facts: CardFacts) -> Path:
             _training(facts),
             *([_choice(facts.choice)] if facts.choice else []),
             *(f"![{picture.removesuffix('.png')}]({picture})" for picture in pictures),
-            _limits(label_names, counts, scores),
+            _limits(label_names, counts, scores, facts.neighbors),
             _license(facts.license),
         ]
     )
@@ -235,7 +238,7 @@ def _choice(choice: dict) -> str:
     )
 
 
-def _limits(label_names: list[str], counts: dict, scores: dict) -> str:
+def _limits(label_names: list[str], counts: dict, scores: dict, neighbors: Neighbors | None) -> str:
     matrix, total = scores["test_confusion_matrix"], sum(counts["test"].values())
     wrong = total - sum(row[index] for index, row in enumerate(matrix))
     worst, confused, times = next(iter(most_confused(matrix, 1)), (0, 0, 0))
@@ -249,7 +252,22 @@ def _limits(label_names: list[str], counts: dict, scores: dict) -> str:
     return (
         "## Limits and intended use\n\n"
         "Meant for photos like those it was trained on. It always predicts one of its"
-        f" {len(label_names)} classes, also for pictures of anything else. {mistakes} With {total} test"
+        f" {len(label_names)} classes, also for pictures of anything else{_rejection(neighbors)}."
+        f" {mistakes} With {total} test"
         f" photos the accuracy has a standard error of {error:.1%}. Try it on your own photos before you rely"
         " on it; it is not made for decisions about people."
+    )
+
+
+def _rejection(neighbors: Neighbors | None) -> str:
+    limit = usual_limit(neighbors and neighbors.held_out_distances)
+    if limit is None:
+        return ""
+    source = (
+        "validation photos" if neighbors.held_out == "validation" else "training photos, among the others"
+    )
+    return (
+        ", unless it may say `unknown` (with hotdog_hf: `predict.py --reject`), which it does of pictures farther"
+        f" than {limit:.4f} from the nearest of {len(neighbors.features)} training photos, whose features are in"
+        f" `neighbors.safetensors`; {KEEP:.0%} of {len(neighbors.held_out_distances)} {source} are nearer"
     )

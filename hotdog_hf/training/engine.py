@@ -310,12 +310,35 @@ def predict(
 
     probabilities, labels = _gather(accelerator, loader, probabilities_of, title, stop)
     sharding.reshard(model)
+    _check_finite(probabilities, loader)
+    return probabilities, labels
+
+
+@torch.no_grad()
+def predict_with_features(
+    accelerator: Accelerator, net: torch.nn.Module, loader: torch.utils.data.DataLoader, title: str = ""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return probabilities and labels as `predict` does, and features as `pooled_features`, in one pass."""
+    net.eval()
+
+    def outputs_of(images: torch.Tensor) -> torch.Tensor:
+        with accelerator.autocast():
+            logits, features = network.forward_with_features(net, images)
+        return torch.cat([logits.float().softmax(dim=1), features], dim=1)
+
+    outputs, labels = _gather(accelerator, loader, outputs_of, title)
+    classes = net.get_classifier().out_features
+    probabilities, features = outputs[:, :classes], outputs[:, classes:]
+    _check_finite(probabilities, loader)
+    return probabilities, labels, features
+
+
+def _check_finite(probabilities: torch.Tensor, loader: torch.utils.data.DataLoader) -> None:
     if (broken := ~probabilities.isfinite().all(dim=1)).any():
         first = loader.dataset.name_of(int(broken.nonzero()[0]))
         raise NonFiniteLossError(
             f"the network's output became NaN on {int(broken.sum())} photos: {first}, ..."
         )
-    return probabilities, labels
 
 
 @torch.no_grad()

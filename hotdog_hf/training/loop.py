@@ -19,8 +19,7 @@ from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.data.splits import sample_photos
 from hotdog_hf.errors import UserError, message_of
 from hotdog_hf.model import calibration as calibrations
-from hotdog_hf.model import heads, saved
-from hotdog_hf.model.neighbors import FILE as NEIGHBORS_FILE
+from hotdog_hf.model import heads, neighbors, saved
 from hotdog_hf.model.source import describe_source
 from hotdog_hf.training import (
     card,
@@ -28,9 +27,9 @@ from hotdog_hf.training import (
     choice,
     engine,
     launch,
-    neighbors,
     plots,
     records,
+    rejection,
     sharding,
 )
 from hotdog_hf.training.job import Job, build
@@ -284,11 +283,11 @@ def without_autocast(job: Job, network: torch.nn.Module) -> torch.nn.Module:
 def keep_neighbors(job: Job, run_dir: Path, stop: launch.StopSignal) -> None:
     """Keep features of training photos with the saved model, unless they are kept already or not wanted."""
     folder = run_dir / "model"
-    exists = launch.run_on_main(job.accelerator, (folder / NEIGHBORS_FILE).exists)
+    exists = launch.run_on_main(job.accelerator, (folder / neighbors.FILE).exists)
     if job.config.run.neighbors and not job.config.data.streaming and not exists:
         restore_saved(job, run_dir)
         with add_progress_to_errors(job, run_dir):
-            neighbors.keep_neighbors(job, without_autocast(job, job.net), folder, stop)
+            rejection.keep_neighbors(job, without_autocast(job, job.net), folder, stop)
 
 
 def finish(job: Job, run_dir: Path, evaluation: Evaluation, calibration: dict | None) -> None:
@@ -316,6 +315,7 @@ def finish(job: Job, run_dir: Path, evaluation: Evaluation, calibration: dict | 
                 hardware=job.hardware,
                 versions=launch.describe_versions(),
                 choice=job.choice,
+                neighbors=neighbors.load(run_dir / "model" / neighbors.FILE),
             )
             card.write_card(run_dir, facts)
     # Last, once everything else is written: the GPU may have no room for a copy of the network.

@@ -3,6 +3,8 @@
 const MAX_BARS = 5;
 // Below these probabilities the answer is "probably ..." and "not sure".
 const SURE = 0.9, LIKELY = 0.6;
+// The answer for a photo that may be none of the classes.
+const UNKNOWN = "Unknown: unlike all training photos";
 
 const find = (id) => document.getElementById(id);
 const about = await (await fetch("model.json", { cache: "no-cache" })).json();
@@ -35,7 +37,7 @@ function showStatus() {
 
 // --- answers of the classifier -----------------------------------------------------------------
 
-classifier.onmessage = ({ data: { number, probabilities, problem } }) => {
+classifier.onmessage = ({ data: { number, probabilities, distance, problem } }) => {
   if (number === undefined) { // the model itself
     model = problem ? "broken" : "ready";
     find("status").textContent = problem ? `The model could not be loaded: ${problem}` : "Ready.";
@@ -46,7 +48,7 @@ classifier.onmessage = ({ data: { number, probabilities, problem } }) => {
   waiting.delete(number);
   const name = place.dataset.name;
   if (problem) place.lastChild.replaceChildren(element("p", "problem", problem), element("p", "name", name));
-  else place.lastChild.replaceChildren(...answerOf(probabilities), element("p", "name", name));
+  else place.lastChild.replaceChildren(...answerOf(probabilities, distance), element("p", "name", name));
   place.dataset.state = problem ? "failed" : "done";
   find("status").textContent = `${name}: ${place.lastChild.firstChild.textContent}`; // read aloud
   showStatus();
@@ -55,17 +57,19 @@ classifier.onerror = () => {
   find("status").textContent = "This browser is too old for this page: it cannot run the model.";
 };
 
-function answerOf(probabilities) {
+function answerOf(probabilities, distance) {
   const ranked = about.label_names.map((label, index) => ({ label, probability: probabilities[index] }));
   ranked.sort((one, other) => other.probability - one.probability);
   const [{ label, probability }] = ranked;
   const caution = probability >= SURE ? "" : probability >= LIKELY ? "probably " : "not sure, perhaps ";
+  const unknown = about.distance_limit !== null && distance > about.distance_limit;
+  const answer = unknown ? UNKNOWN : capitalized(caution + label);
   const bars = element("ol", "bars");
   bars.setAttribute("aria-label", "Probabilities");
   for (const each of ranked.slice(0, MAX_BARS)) bars.append(barOf(each));
   const rest = ranked.length - MAX_BARS;
   const more = rest > 0 ? [element("p", "soft hint", `and ${rest} more ${rest > 1 ? "classes" : "class"}`)] : [];
-  return [element("h2", "", capitalized(caution + label)), bars, ...more];
+  return [element("h2", "", answer), bars, ...more];
 }
 
 function barOf({ label, probability }) {

@@ -13,7 +13,7 @@ let queue = session.catch(() => null); // one photo at a time
 onmessage = ({ data: { number, file } }) => {
   queue = queue.then(async () => {
     try {
-      postMessage({ number, probabilities: await classify(file) });
+      postMessage({ number, ...await classify(file) });
     } catch (error) {
       postMessage({ number, problem: error.message });
     }
@@ -43,8 +43,8 @@ async function unpacked(bytes) {
 async function classify(file) {
   const { rgb, height, width } = await decode(file);
   const image = new ort.Tensor("uint8", rgb, [height, width, 3]);
-  const { probabilities } = await (await session).run({ image });
-  return probabilities.data;
+  const { probabilities, distance } = await (await session).run({ image });
+  return { probabilities: probabilities.data, distance: distance?.data[0] }; // only some models measure it
 }
 
 async function decode(file) {

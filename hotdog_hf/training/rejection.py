@@ -24,13 +24,12 @@ def keep_neighbors(job: Job, net: torch.nn.Module, folder: Path, stop: launch.St
     labels, dimensions = np.array(splits["train"]["label"][:]), net.get_classifier().in_features
     chosen = neighbors.photos_to_keep(labels, dimensions, seed)
     try:
-        features = neighbors.unit(_features(job, net, "train", chosen, stop))
+        features = neighbors.unit_roots(_features(job, net, "train", chosen, stop))
         kept = features.astype(np.float16)
         held_out = None
-        if job.eval_split == "validation":
-            count = len(splits["validation"])
+        if "validation" in splits and (count := len(splits["validation"])) >= neighbors.MIN_VALIDATION:
             others = np.random.default_rng(seed).permutation(count)[: neighbors.MAX_HELD_OUT]
-            held_out = neighbors.unit(_features(job, net, "validation", np.sort(others), stop))
+            held_out = neighbors.unit_roots(_features(job, net, "validation", np.sort(others), stop))
     except network.NoFeaturesError as error:
         accelerator.print(f"no neighbours are kept, so that predict.py --reject is not possible: {error}")
         return
