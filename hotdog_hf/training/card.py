@@ -267,7 +267,8 @@ def _rejection(neighbors: Neighbors | None) -> str:
         "validation photos" if neighbors.held_out == "validation" else "training photos, among the others"
     )
     return (
-        ", unless it may say `unknown` (with hotdog_hf: `predict.py --reject`), which it does of pictures farther"
-        f" than {limit:.4f} from the nearest of {len(neighbors.features)} training photos, whose features are in"
-        f" `neighbors.safetensors`; {KEEP:.0%} of {len(neighbors.held_out_distances)} {source} are nearer"
+        ", unless it may say `unknown` (with hotdog_hf: `predict.py --reject`), as of pictures farther"
+        f" than {limit:.4f} from the nearest of {len(neighbors.features)} training photos, whose features"
+        f" are in `neighbors.safetensors`; {KEEP:.0%} of {len(neighbors.held_out_distances)} {source} are"
+        " nearer"
     )
