@@ -261,3 +261,34 @@ def test_a_distance_that_comes_out_different_is_not_written(model, tmp_path, mon
         UserError, match="the distance to the training photos needs --opset 10 or higher, got 9"
     ):
         export_onnx(model, tmp_path / "model.onnx", opset=9)
+
+
+def test_the_report_says_how_many_photos_are_unknown(model, photos_dir, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    for seed in range(4):
+        foreign(seed).save(tmp_path / f"foreign/{seed}.png")
+    (tmp_path / "foreign/broken.jpg").write_text("no image")
+    report = ["python", ROOT / "scripts/report.py", model, "--data-dir", photos_dir]
+    done = run(*report, "--output-dir", tmp_path / "report", "--foreign", tmp_path / "foreign")
+    assert done.returncode == 0, done.stderr
+    assert "not used: " in done.stderr and "broken.jpg" in done.stderr
+    found = json.loads((tmp_path / "report/metrics.json").read_text())["rejection"]
+    predictor = load_predictor(model)
+    tests = sorted((photos_dir / "test").rglob("*.png"))
+    own, others = (
+        predictor.with_distances(np.stack([predictor.prepare(Photo(path)) for path in paths]))[1]
+        for paths in (tests, sorted((tmp_path / "foreign").glob("*.png")))
+    )
+    assert (found["training_photos"], found["photos"], found["foreign_photos"]) == (40, 40, 4)
+    assert [level["promised"] for level in found["levels"]] == [0.9, 0.95]  # 40 photos cannot tell 0.99
+    for level in found["levels"]:
+        assert level["limit"] == predictor.distance_limit(level["promised"])
+        assert level["kept"] == (own <= level["limit"]).mean()
+        assert level["caught"] == (others > level["limit"]).mean()
+    assert found["roc_auc"] == np.mean(others[:, None] > own)
+    page = (tmp_path / "report/report.html").read_text()
+    assert "Unknown photos" in page and f"{found['roc_auc']:.3f}</strong>" in page and page.count("<svg") == 5
+    assert "predict.py --reject --keep 0.95: unknown are " in done.stdout
+    for wrong, message in ((tmp_path / "none", "no such folder"), (tmp_path / "report", "no photo that can")):
+        done = run(*report, "--output-dir", tmp_path / "again", "--foreign", wrong)
+        assert done.returncode == 2 and message in done.stderr and not (tmp_path / "again").exists()
