@@ -56,7 +56,8 @@ def _features(
     if isinstance(cached, loaders.FeatureDataset) and launch.precision_of(job.accelerator) == "no":
         return cached.features[indices].numpy()
     rows = job.photos.splits[split].select(indices)
-    photo_set = loaders.PhotoDataset(rows, transforms.eval_transform(job.data_config))
+    transform, cache = transforms.eval_transform(job.data_config), job.photos.cache
+    photo_set = loaders.PhotoDataset(rows, transform, job.config.run.seed, cache)
     loader = loaders.eval_loader(photo_set, job.micro_batch_size, num_workers=job.train_loader.num_workers)
     loader = job.accelerator.prepare(loader)
     return engine.pooled_features(
