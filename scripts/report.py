@@ -36,6 +36,8 @@ class ReportConfig:
     seed: int | None = None
     # Photos that cannot be read: stop and name them, or skip them.
     bad_images: Literal["fail", "skip"] = "fail"
+    # Mean of the probabilities of each photo and of its mirror image, as predict.py --tta has it.
+    tta: Literal["none", "flip"] = "none"
     # A folder of photos of other things, without labels: how many of them the model calls unknown, as
     # predict.py --reject does.
     foreign: str | None = None
@@ -83,7 +85,7 @@ def main(config: ReportConfig) -> None:
     if warning := runner.older_cut(config.model, photos):
         accelerator.print(warning)
     evaluation = runner.evaluate(
-        accelerator, net, photos, config.split, config.positive_label, config.batch_size
+        accelerator, net, photos, config.split, config.positive_label, config.batch_size, config.tta
     )
     if accelerator.is_main_process:
         foreign = config.foreign and runner.foreign_distances(config.model, config.foreign, config.batch_size)

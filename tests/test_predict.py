@@ -86,6 +86,17 @@ def test_three_lines_of_python_predict(kind, tmp_path, request):
         classify(tmp_path / "no-such.png")
 
 
+@pytest.mark.parametrize("kind", ["saved", "exported"])
+def test_with_flip_a_photo_and_its_mirror_image_count_the_same(kind, request):
+    plain, flipped = (load_predictor(request.getfixturevalue(kind), tta=tta) for tta in ("none", "flip"))
+    images = np.stack([plain.prepare(picture(seed)) for seed in range(3)])
+    mirrored = np.ascontiguousarray(images[:, :, ::-1])
+    expected = (plain.probabilities(images) + plain.probabilities(mirrored)) / 2
+    assert np.abs(expected - plain.probabilities(images)).max() > 0.01
+    np.testing.assert_allclose(flipped.probabilities(images), expected, atol=1e-6)
+    np.testing.assert_allclose(flipped.probabilities(mirrored), expected, atol=1e-6)
+
+
 @pytest.fixture
 def album(tmp_path):
     """A folder with 5 pictures on 3 levels, a broken one, and files that are none."""

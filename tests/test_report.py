@@ -18,15 +18,19 @@ from PIL import Image
 from test_engine import TWO_PROCESSES
 from test_hub import target
 
+from hotdog_hf.config import DataConfig
 from hotdog_hf.data import transforms
 from hotdog_hf.data.images import decode_image, read_photo
 from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import ClassificationReport
 from hotdog_hf.model import gradcam, network, saved
+from hotdog_hf.model.predictor import load_predictor
+from hotdog_hf.report import runner
 from hotdog_hf.report.page import FILES, check_output_dir, write_report
 from hotdog_hf.report.runner import galleries, older_cut, photos_of_run, run_knobs
 from hotdog_hf.report.scores import _weighted, choose_threshold, label_order, normalise_rows, summarise
+from hotdog_hf.training import launch
 from hotdog_hf.webpage import image_uri
 
 REPORT = ROOT / "scripts/report.py"
@@ -415,6 +419,19 @@ def test_the_script_writes_the_models_own_predictions(trained):
     assert set(written["threshold"]) == {"value", "test", "validation"}
     assert f"Accuracy{written['values']['accuracy']['value']:>40.4f}" in done.stdout
     assert done.stderr == "" and "report.html" in done.stdout
+
+
+def test_with_flip_the_report_has_the_answers_of_predict(trained):
+    root, _ = trained
+    accelerator = launch.build_accelerator("no", num_threads=1)
+    net, data = saved.load_model(root / "run/model"), DataConfig(data_dir=str(root / "photos"))
+    photos = runner.load_photos(accelerator, data, "test", seed=0)
+    rows, _ = runner.evaluate(accelerator, net, photos, "test", None, 4, "flip").predicted["test"]
+    predictor = load_predictor(root / "run/model", tta="flip")
+    paths = [str(root / "photos" / name) for name in photos.names("test")]
+    np.testing.assert_allclose(rows, [list(row.values()) for row in predictor(paths)], atol=1e-5)
+    plain = [list(row.values()) for row in load_predictor(root / "run/model")(paths)]
+    assert np.abs(rows - plain).max() > 1e-3
 
 
 def test_the_scripts_page_has_photos_maps_and_the_runs_config(trained):

@@ -92,6 +92,18 @@ def modules_in_eval_mode(net: torch.nn.Module, *, body: bool, batch_norm: bool) 
     return [layer for layer in layers if batch_norm or (layer.affine and not layer.weight.requires_grad)]
 
 
+class Mirrored(torch.nn.Module):
+    """A network that sees every image in the mirror."""
+
+    def __init__(self, net: torch.nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the network's output for the mirror images of [N, 3, H, W]."""
+        return self.net(images.flip(-1))
+
+
 def to_meta(net: torch.nn.Module) -> torch.nn.Module:
     """Return a copy of a network on the meta device: all that saving needs besides the weights."""
     tensors = itertools.chain(net.parameters(), net.buffers())

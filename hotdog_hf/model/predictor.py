@@ -112,16 +112,38 @@ class Prediction(NamedTuple):
     distance: float | None = None
 
 
-def load_predictor(name: str | os.PathLike, precision: str = "no") -> Predictor:
+def load_predictor(name: str | os.PathLike, precision: str = "no", tta: str = "none") -> Predictor:
     """Load a saved model, or a .onnx file of `export_onnx`; `UserError` if there is none.
 
-    A saved model computes in float32 ("no") or "bf16", an exported one as it was exported.
+    A saved model computes in float32 ("no") or "bf16", an exported one as it was exported. With `tta` "flip",
+    probabilities are the mean of those of the photo and of its mirror image.
     """
-    if Path(name).suffix != ".onnx":
-        return _load_saved(name, precision)
-    if precision != "no":
-        raise UserError(f"--precision {precision} is for saved models; {name} computes as it was exported")
-    return _load_exported(Path(name))
+    if Path(name).suffix == ".onnx":
+        if precision != "no":
+            raise UserError(
+                f"--precision {precision} is for saved models; {name} computes as it was exported"
+            )
+        predictor = _load_exported(Path(name))
+    else:
+        predictor = _load_saved(name, precision)
+    return predictor if tta == "none" else _with_mirror(predictor)
+
+
+def _with_mirror(predictor: Predictor) -> Predictor:
+    """Return a predictor that also looks at every photo in the mirror; distances are those of the photo."""
+
+    def averaged(images: Sequence[np.ndarray], probabilities: np.ndarray) -> np.ndarray:
+        mirrored = np.stack([np.ascontiguousarray(image[:, ::-1]) for image in images])
+        return (probabilities + predictor.probabilities(mirrored)) / 2
+
+    def with_distances(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        probabilities, distances = predictor.with_distances(images)
+        return averaged(images, probabilities), distances
+
+    return predictor._replace(
+        probabilities=lambda images: averaged(images, predictor.probabilities(images)),
+        with_distances=predictor.with_distances and with_distances,
+    )
 
 
 def _load_saved(name: str | os.PathLike, precision: str) -> Predictor:

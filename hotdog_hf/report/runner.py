@@ -79,8 +79,12 @@ def evaluate(
     split: str,
     positive_label: str | None,
     batch_size: int,
+    tta: str = "none",
 ) -> Evaluation:
-    """Predict a split, and also validation if there is one to choose a threshold on."""
+    """Predict a split, and also validation if there is one to choose a threshold on.
+
+    With `tta` "flip", probabilities are the mean of those of the photo and of its mirror image.
+    """
     label_names, data_config = network.label_names_of(net), network.data_config_of(net)
     order = label_order(photos.label_names, label_names)
     positive_label = resolve_positive(label_names, positive_label)
@@ -98,6 +102,10 @@ def evaluate(
             distances = neighbors.distances(neighbors.unit_roots(features.numpy()), kept.features)
         else:
             probabilities, labels = engine.predict(accelerator, net, loader, title=name)
+        if tta == "flip":
+            mirror = network.Mirrored(net)
+            mirrored, _ = engine.predict(accelerator, mirror, loader, title=f"{name}, mirrored")
+            probabilities = (probabilities + mirrored) / 2
         predicted[name] = probabilities.numpy(), order[labels.numpy()]
     return Evaluation(
         net,
