@@ -53,6 +53,8 @@ class PredictConfig:
             raise ValueError(f"--threshold must be from 0 to 1, got {self.threshold}")
         if self.coverage is not None and not 0 < self.coverage < 1:
             raise ValueError(f"--coverage must be between 0 and 1, got {self.coverage}")
+        if self.coverage is not None and self.tta != "none":
+            raise ValueError("--coverage does not go with --tta: its promise was fitted without")
         if not 0 < self.keep < 1:
             raise ValueError(f"--keep must be between 0 and 1, got {self.keep}")
         if self.batch_size < 1:

@@ -36,7 +36,8 @@ class ReportConfig:
     seed: int | None = None
     # Photos that cannot be read: stop and name them, or skip them.
     bad_images: Literal["fail", "skip"] = "fail"
-    # Mean of the probabilities of each photo and of its mirror image, as predict.py --tta has it.
+    # Mean of the probabilities of each photo and of its mirror image, as predict.py --tta has it. The page
+    # then says nothing about the calibration, which was fitted without.
     tta: Literal["none", "flip"] = "none"
     # A folder of photos of other things, without labels: how many of them the model calls unknown, as
     # predict.py --reject does.

@@ -402,6 +402,7 @@ def read_terminal(descriptor):
         (("--help",), 0, "Paths on stdin"),
         (("model.onnx",), 2, "PATH... is missing"),
         (("model.onnx", "a.png", "--threshold", "1.5"), 2, "--threshold must be from 0 to 1, got 1.5"),
+        (("model.onnx", "a.png", "--coverage", "0.9", "--tta", "flip"), 2, "does not go with --tta"),
         (("model.onnx", "a.png", "--batch-size", "0"), 2, "--batch-size must be at least 1, got 0"),
         (("no/such/model.onnx", "a.png"), 2, "error: no such model: no/such/model.onnx"),
         (("/no/such/model", "a.png"), 2, "error: /no/such/model is not a saved model"),

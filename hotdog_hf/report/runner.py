@@ -89,7 +89,9 @@ def evaluate(
     order = label_order(photos.label_names, label_names)
     positive_label = resolve_positive(label_names, positive_label)
     chooses = positive_label and "validation" in photos.splits
-    calibration, kept = net.pretrained_cfg.get("calibration"), saved.neighbors_of(net)
+    # The temperature was fitted to the photos alone.
+    calibration = net.pretrained_cfg.get("calibration") if tta == "none" else None
+    kept = saved.neighbors_of(net)
     predicted, distances, transform = {}, None, transforms.eval_transform(data_config)
     bare = net.to(memory_format=transforms.MEMORY_FORMAT)
     net = accelerator.prepare(bare)
