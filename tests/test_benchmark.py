@@ -211,6 +211,7 @@ def setup_of(photos_dir, tiny_weights, work, **knobs):
         "image_size": 64,
         "saved_model": work / "model",
         "onnx": work / "model.onnx",
+        "smaller": {"fp16": work / "fp16.onnx", "int8": work / "int8.onnx"},
         "batch_size": 8,
         "epochs": 2,
         "recipes": ("chapter", "probe", "light"),
@@ -232,7 +233,7 @@ def test_every_target_speaks_of_something_that_is_measured(photos_dir, tiny_weig
             {"section": name, "variant": variant.name, "round": 0} | numbers for variant in section(setup)
         ]
     measured = Measured(rows)
-    assert len(targets(measured)) == 11
+    assert len(targets(measured)) == 12
     assert all(baseline_of(measured, name) in [None, *measured.variants(name)] for name in SECTIONS)
 
 

@@ -145,25 +145,22 @@ def test_weights_beyond_float16_are_refused(network_and_config):
         quantize.to_fp16(network)
 
 
-def test_int8_is_calibrated_on_photos_and_the_better_kind_is_kept(network_and_config, photos_dir):
+def test_int8_is_calibrated_on_photos_and_the_best_kind_is_kept(network_and_config, photos_dir):
     network, label_names, data_config = network_and_config
     result = quantize.to_int8(network, label_names, data_config, photos_dir, max_drop=100)
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in result.network.graph.node}
     weights = [tensor for tensor in result.network.graph.initializer if len(tensor.dims) == 4]
     assert weights and {tensor.data_type for tensor in weights} == {onnx.TensorProto.INT8}
-    kinds = {"int8 per channel": True, "int8 per tensor": False}
-    best = max(kinds, key=result.accuracies.__getitem__)
-    assert (
-        result.accuracies["int8 per channel" if result.per_channel else "int8 per tensor"]
-        == (result.accuracies[best])
-    )
+    whole, *tried = result.accuracies
+    assert whole == "float32" and tried == [f"int8 {name}" for name in quantize.CANDIDATES]
+    assert result.kept == max(tried, key=result.accuracies.__getitem__)
     assert result.num_photos == 5 and "float32" in result.describe()
 
 
 def test_int8_that_loses_too_much_is_refused_and_nothing_is_written(model, tmp_path, photos_dir, monkeypatch):
-    accuracies = iter([0.9, 0.8, 0.85])
+    accuracies = iter([0.9, 0.8, 0.85, 0.84])
     monkeypatch.setattr(quantize, "_accuracy", lambda *_: next(accuracies))
-    monkeypatch.setattr(quantize, "_quantize", lambda network, *_: network)
+    monkeypatch.setattr(quantize, "_quantize", lambda network, *_, **__: network)
     options = {"precision": "int8", "data_dir": photos_dir, "max_drop": 4.9}
     message = r"loses 5.00 points .*more than --max-drop 4.9 .*int8 per tensor 0.8500.*Nothing was written"
     with pytest.raises(UserError, match=message):

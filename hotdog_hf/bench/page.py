@@ -157,8 +157,8 @@ def targets(measured: Measured) -> list[Target]:
         50,
     )
     if pipeline := fastest(measured, "prediction", "transformers"):
-        for ours in ("ours, torch", "ours, ONNX"):
-            ratio(f"prediction: {ours} / {pipeline}", "prediction", ours, pipeline, 1.5)
+        for ours, least in (("ours, torch", 1.5), ("ours, ONNX", 1.5), ("ours, ONNX int8", 2.0)):
+            ratio(f"prediction: {ours} / {pipeline}", "prediction", ours, pipeline, least)
     largest = max(measured.variants("memory"), key=lambda name: int(name[:-1]), default=None)
     if largest:
         ratio(f"peak memory: {largest} / 1x", "memory", largest, "1x", 1.1, at_least=False)

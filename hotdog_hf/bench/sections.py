@@ -206,7 +206,8 @@ def prediction(setup: Setup) -> list[Variant]:
         in_bf16 = predict("ours", setup.saved_model, OUR_PREDICT_BATCH, "bf16")
         variants.append(("ours, torch, bf16", in_bf16))
     if setup.onnx and version_of("onnxruntime"):
-        variants.append(("ours, ONNX", predict("ours", setup.onnx, OUR_PREDICT_BATCH)))
+        exported = {"ours, ONNX": setup.onnx} | {f"ours, ONNX {p}": file for p, file in setup.smaller.items()}
+        variants += [(name, predict("ours", file, OUR_PREDICT_BATCH)) for name, file in exported.items()]
     if version_of("transformers"):
         variants += [
             (f"transformers pipeline, batch {size}", predict("transformers", setup.saved_model, size))

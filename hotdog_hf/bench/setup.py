@@ -37,6 +37,8 @@ class Setup:
     # A model trained from it, as a folder and, if it could be exported, as an ONNX file.
     saved_model: Path
     onnx: Path | None
+    # The ONNX file in "fp16" and "int8".
+    smaller: dict[str, Path]
     # Photos per step, if not the recipe's own, and epochs of the training section.
     batch_size: int | None
     epochs: int
@@ -155,6 +157,7 @@ def prepare(
         image_size=found["image_size"],
         saved_model=work / "model",
         onnx=None if found["not_exported"] else work / "model.onnx",
+        smaller={precision: Path(file) for precision, file in found["smaller"].items()},
         batch_size=batch_size,
         epochs=epochs,
         recipes=recipes,

@@ -4,7 +4,9 @@ python -m hotdog_hf.bench.tasks NAME '{"knob": "value"}' prints its result as on
 """
 
 import contextlib
+import functools
 import json
+import math
 import re
 import sys
 import threading
@@ -23,7 +25,7 @@ from hotdog_hf.data import loaders, transforms
 from hotdog_hf.data.images import IMAGE_SUFFIXES, Photo
 from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import Photos, load_photos
-from hotdog_hf.deploy import export
+from hotdog_hf.deploy import export, quantize
 from hotdog_hf.errors import UserError, exit_on_user_error
 from hotdog_hf.machine import cpu_has_bf16
 from hotdog_hf.model import saved
@@ -40,7 +42,7 @@ TOP_OPERATORS = 10
 def prepare(
     *, data_dir: str, name: str, weights: str, image_size: int | None, out: str, num_threads: int | None
 ) -> dict:
-    """Fetch or draw the photos and check them; write the source's weights, a saved model and its ONNX file.
+    """Fetch or draw the photos and check them; write the source's weights, a saved model and its ONNX files.
 
     Returns the photos by split and class, and facts about the machine.
     """
@@ -58,6 +60,7 @@ def prepare(
         export.export_onnx(folder / "model", folder / "model.onnx")
     except UserError as error:
         not_exported = str(error)
+    smaller = {} if not_exported else _export_smaller(folder, data_dir)
     return {
         "files": {
             split: {
@@ -68,10 +71,23 @@ def prepare(
         },
         "image_size": data_config["input_size"][-1],
         "not_exported": not_exported,
+        "smaller": smaller,
         "threads": torch.get_num_threads(),
         "bf16": launch.gpu_has_bf16() or (accelerator.device.type == "cpu" and cpu_has_bf16()),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def _export_smaller(folder: Path, data_dir: str) -> dict[str, str]:
+    """Write the ONNX file in fp16 and int8, whose speeds do not depend on what the model has learned."""
+    written = {}
+    for precision in ("fp16", "int8"):
+        shrink = functools.partial(quantize.shrink, precision=precision, data_dir=data_dir, max_drop=100)
+        file = folder / f"{precision}.onnx"
+        with contextlib.suppress(UserError):  # too few photos, or an operator that cannot be converted
+            export.export_onnx(folder / "model", file, shrink=shrink, tolerance=math.inf)
+            written[precision] = str(file)
+    return written
 
 
 class Job(NamedTuple):
@@ -333,14 +349,15 @@ def predict(
     else:
         labels_of = {"transformers": _transformers, "timm": _timm}[how](model_dir, batch_size)
     files = sorted(str(path) for path in Path(data_dir).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    loaded = time.perf_counter()
+    loaded, cpu = time.perf_counter(), time.process_time()
     labels = labels_of(data_dir, files)
-    ended = time.perf_counter()
+    ended, cpu_ended = time.perf_counter(), time.process_time()
     assert len(labels) == len(files), f"{len(labels)} labels for {len(files)} images"
     return {
         "images": len(files),
         "load_seconds": loaded - started,
         "seconds": ended - loaded,
+        "cpu_seconds": cpu_ended - cpu,
         "labels": labels,
     }
 
