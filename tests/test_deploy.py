@@ -135,6 +135,14 @@ def test_fp16_halves_the_file_and_hardly_changes_what_it_says(model, tmp_path, p
         assert row == pytest.approx(other, abs=0.02) and row != other
 
 
+def test_padding_that_is_computed_from_the_input_is_fixed(tmp_path):
+    """It kept an EfficientNet's activations in float32."""
+    saved.save_model(target("tf_mobilenetv3_small_minimal_100"), tmp_path / "model")
+    export.export_onnx(tmp_path / "model", tmp_path / "model.onnx")
+    operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "Pad" in operators and not operators & {"Shape", "Gather", "Ceil"}
+
+
 def test_weights_beyond_float16_are_refused(network_and_config):
     network = onnx.ModelProto()
     network.CopyFrom(network_and_config[0])

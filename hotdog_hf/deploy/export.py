@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 
@@ -63,6 +64,7 @@ def export_onnx(
     samples = torch.from_numpy(normalize(images, data_config))
     with torch.inference_mode():
         expected = [output.numpy() for output in outputs(samples)]
+    _fix_padding(outputs, samples[:1])
     exported = _to_onnx(outputs, samples[:2], opset, name)
     if shrink:
         exported = shrink(exported, label_names, data_config)
@@ -120,6 +122,39 @@ def _difference(
             apart.append(np.abs(measured - distances[:count]).max())
         largest = float(np.max([largest, *apart]))  # which is NaN if one of them is
     return largest
+
+
+def _fix_padding(net: torch.nn.Module, sample: torch.Tensor) -> None:
+    """Give convolutions that compute their padding from their input what they compute for `sample`.
+
+    A file's input has one size. Padding that is computed each time cannot become a part of the convolution,
+    and in int8, it is done in float32.
+    """
+    same = {name: conv for name, conv in net.named_modules() if isinstance(conv, timm.layers.Conv2dSame)}
+    sizes = {}
+    hooks = [
+        conv.register_forward_pre_hook(lambda conv, inputs: sizes.update({conv: inputs[0].shape[2:]}))
+        for conv in same.values()
+    ]
+    with torch.inference_mode():
+        net(sample)
+    for hook in hooks:
+        hook.remove()
+    for name, conv in same.items():
+        knobs = zip(sizes[conv], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        height, width = (timm.layers.get_same_padding(*knob) for knob in knobs)
+        sides = (width // 2, width - width // 2, height // 2, height - height // 2)
+        plain = torch.nn.Conv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+        )
+        plain.load_state_dict(conv.state_dict())
+        net.set_submodule(name, torch.nn.Sequential(torch.nn.ZeroPad2d(sides), plain).eval())
 
 
 def _noise() -> list[np.ndarray]:
