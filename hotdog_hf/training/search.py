@@ -160,6 +160,8 @@ class Search:
         """Return the seconds of a candidate's final run, without those of its epochs."""
         size = candidate.knobs.get("image_size", self.size)
         views = 1 + candidate.knobs.get("probe_views", 0)
+        # Features of the trained network are kept with it; those of the source are in the cache.
+        views += self.config.run.neighbors and candidate.recipe in TRIAL_EPOCHS
         return self.costs.features(size, views) + self.costs.evaluation(size) + FIXED_SECONDS
 
     def trial_seconds(self, recipe: str) -> float:
