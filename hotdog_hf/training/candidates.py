@@ -87,7 +87,7 @@ class Board:
             best = self.reference()
             why = "is the lowest of the fitted heads"
             why += ", and no fine-tuning's is lower by more than a standard error" if trained else ""
-        return best, f"its log-loss, {self.score(best):.3f}, {why}"
+        return best, f"its log-loss, {self.row(best)['log_loss']:.3f}, {why}"
 
     def rows(self) -> list[dict]:
         """Return what choice.json says of each candidate, the lowest log-loss first."""
