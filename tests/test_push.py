@@ -64,7 +64,8 @@ def test_training_pushes_the_folder_in_one_commit_and_says_where(pushed, server)
     repo = server.repos["model", "tester/dogs"]
     assert len(repo.history()) == 2, "the Hub's own first commit, and one of ours"
     files = {name: file for name, file in repo.at("main").files.items() if name != ".gitattributes"}
-    assert set(files) == {"README.md", "config.json", "model.safetensors", "curves.png", "samples.png"}
+    weights = {"model.safetensors", "neighbors.safetensors"}
+    assert set(files) == {"README.md", "config.json", *weights, "curves.png", "samples.png"}
     assert {path.name for path in (run_dir / "model").iterdir()} == set(files)
     assert all((run_dir / "model" / name).stat().st_size == file.size for name, file in files.items())
 
@@ -82,6 +83,9 @@ def test_every_loader_says_the_same_from_the_hub_and_from_the_folder(pushed, pho
     local = answers_of(pushed[1] / "model", "local", photos_dir)
     assert_all_agree(local, ["hotdog", "not-hotdog"])
     assert local["with_timm"] == from_hub["with_timm"]
+    photo = photos_dir / PHOTOS[0]
+    done = run("python", ROOT / "scripts/predict.py", "tester/dogs", photo, "--reject", **env)
+    assert done.returncode == 0 and " distance " in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
