@@ -182,7 +182,7 @@ def _quantize(network: onnx.ModelProto, inputs: np.ndarray, **options: object) -
             out,
             _Batches(inputs),
             quant_format=quantization.QuantFormat.QDQ,
-            # On x86 CPUs with VNNI, ONNX Runtime is three times as fast with these types as with other pairs.
+            # On an x86 CPU with VNNI, other pairs of types take three times as long in ONNX Runtime.
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             nodes_to_exclude=_kept_in_float32(onnx.load(prepared)),
