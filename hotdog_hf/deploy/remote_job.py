@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import io
+import math
 import os
 import platform
 import shlex
@@ -108,7 +109,7 @@ class Plan:
                 f"results: {self.run_dir}, through {self.address('runs', self.run_dir)}",
                 f"time:    at most {_duration(self.seconds)} (--timeout); the training is stopped"
                 f" {_duration(self.margin)} earlier, to save its state",
-                f"cost:    ${price:.2f} an hour, at most ${price * hours:.2f}",
+                f"cost:    ${price:.2f} an hour, at most ${_cents_up(price * hours):.2f}",
             ]
         )
 
@@ -355,6 +356,11 @@ def logs_command(job: huggingface_hub.JobInfo) -> str:
 def fetch_command(plan: Plan) -> str:
     """Return the command that downloads the run's folder."""
     return shlex.join(["hf", "buckets", "sync", plan.address("runs", plan.run_dir), str(plan.run_dir)])
+
+
+def _cents_up(dollars: float) -> float:
+    """Round up to whole cents, so that what is shown as the most is the most."""
+    return math.ceil(round(100 * dollars, 3)) / 100
 
 
 def _duration(seconds: int) -> str:
