@@ -3,6 +3,7 @@
 python scripts/benchmark.py                                         # the drawn sample, offline: about an hour
 python scripts/benchmark.py --data-dir my/photos --model resnet18 --weights my.safetensors
 python scripts/benchmark.py --only startup prediction --repeats 5   # only these; the others are kept
+python scripts/benchmark.py --data-dir my/photos --photos 30 --enlarge 4000 --only profile cache prediction
 python scripts/benchmark.py --photos 20 --repeats 1 --epochs 1      # a few minutes, to see that it works
 """
 
@@ -15,7 +16,16 @@ from hotdog_hf.config import RECIPES, SAMPLE_DATA_DIR
 from hotdog_hf.errors import UserError, exit_on_user_error
 
 Section = Literal[
-    "startup", "prediction", "profile", "memory", "frozen", "exact", "training", "processes", "accuracy"
+    "startup",
+    "prediction",
+    "profile",
+    "memory",
+    "frozen",
+    "exact",
+    "cache",
+    "training",
+    "processes",
+    "accuracy",
 ]
 
 
@@ -36,6 +46,8 @@ class BenchmarkConfig:
     image_size: int | None = None
     # At most so many photos per class and split. Unset: all.
     photos: int | None = None
+    # Enlarge the photos to so many pixels on the longer side, 4000 for those of a phone. Unset: as they are.
+    enlarge: int | None = None
     # Photos per optimizer step. Unset: each recipe's own (128 for the chapter's).
     batch_size: int | None = None
     # Epochs of each training run whose speed is measured.
@@ -55,8 +67,8 @@ class BenchmarkConfig:
         for flag, value in (("epochs", self.epochs), ("repeats", self.repeats)):
             if value < 1:
                 raise ValueError(f"--{flag} must be at least 1, got {value}")
-        for flag in ("photos", "batch_size", "num_threads"):
-            value, least = getattr(self, flag), 2 if flag == "photos" else 1
+        for flag, least in (("photos", 2), ("batch_size", 1), ("num_threads", 1), ("enlarge", 16)):
+            value = getattr(self, flag)
             if value is not None and value < least:
                 raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
         if wrong := sorted(set(self.recipes) - set(RECIPES)):

@@ -24,7 +24,7 @@ from hotdog_hf.bench.page import (
 from hotdog_hf.bench.processes import MeasurementError, run_process
 from hotdog_hf.bench.runner import Results, measure, plan
 from hotdog_hf.bench.sections import SECTIONS, Variant, prediction, processes, training
-from hotdog_hf.bench.setup import Setup, link_photos
+from hotdog_hf.bench.setup import Setup, enlarge_photos, link_photos
 from hotdog_hf.bench.tasks import Stopwatch, limit, memory, peak_memory, predict, profile
 from hotdog_hf.data import loaders, transforms
 from hotdog_hf.data.splits import load_photos
@@ -376,9 +376,34 @@ def test_our_training_is_timed_from_its_first_step(photos_dir, tiny_weights, tmp
     assert 0 <= numbers["test_accuracy"] <= 1 and not list(tmp_path.glob("training*"))
 
 
+def test_photos_decoded_once_are_timed_after_the_first_epoch(photos_dir, tiny_weights, tmp_path):
+    setup = setup_of(photos_dir, tiny_weights, tmp_path, epochs=1)
+    once = next(variant for variant in SECTIONS["cache"](setup) if variant.name == "decoded once")
+    (tmp_path / "once").mkdir()
+    numbers = once.measure(tmp_path / "once", 0)
+    first, second = numbers["epoch_seconds"]
+    assert numbers["value"] == pytest.approx(25 / second) and numbers["first_epoch"] == pytest.approx(
+        25 / first
+    )
+    assert len(list((tmp_path / "once/decoded").rglob("*.rgb"))) == 36
+
+
+def test_enlarged_photos_have_the_side_that_was_asked_for(photos_dir, tmp_path):
+    files = {"test": {name: sorted(map(str, (photos_dir / "test" / name).iterdir())) for name in CLASSES}}
+    enlarged = enlarge_photos(files, tmp_path / "enlarged", 400)
+    for name in CLASSES:
+        assert len(enlarged["test"][name]) == len(files["test"][name])
+        for before, after in zip(files["test"][name], enlarged["test"][name], strict=True):
+            with Image.open(before) as small, Image.open(after) as large:
+                assert large.format == "JPEG" and max(large.size) == 400
+                assert large.resize(small.size).getpixel((9, 9)) != (0, 0, 0)
+                assert large.width / large.height == pytest.approx(small.width / small.height, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (("--enlarge", 8), "--enlarge must be at least 16, got 8"),
         (("--data-dir", "no/such/folder"), "error: no such data folder: no/such/folder"),
         (("--data-dir", "hf://datasets/a/b"), "error: the benchmark compares with loops that read folders"),
         (("--repeats", 0), "--repeats must be at least 1, got 0"),

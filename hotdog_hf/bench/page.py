@@ -15,6 +15,7 @@ from hotdog_hf.files import write_text
 TITLES = {
     "training": ("Training, whole epochs", "photos/s"),
     "accuracy": ("Seconds to the chapter's accuracy", "s"),
+    "cache": ("Epochs after the first, photos decoded in each or once", "photos/s"),
     "frozen": ("An epoch after the first, with a frozen body", "s"),
     "prediction": ("Prediction on a folder", "photos/s"),
     "memory": ("Peak memory by size of the data set", "MiB"),
@@ -142,6 +143,8 @@ def targets(measured: Measured) -> list[Target]:
     for plain in dict.fromkeys(["plain loop", fastest(measured, "training", "plain loop")]):
         ratio(f"training, whole job: {ours} / {plain}", "training", ours, plain, 1.3)
     ratio("training: ours / limit in memory", "training", "ours", "limit: tensors in memory", 0.95)
+    limit = "limit: tensors in memory"
+    ratio("photos decoded once, epochs after the first: ours / limit", "cache", "decoded once", limit, 0.9)
     rounds = len(measured.rows("accuracy", "chapter"))
     for name in ("probe", "light"):
         if reached := measured.ratio("accuracy", "chapter", name):
@@ -240,6 +243,7 @@ def baseline_of(measured: Measured, section: str) -> str | None:
         "accuracy": "chapter",
         "frozen": "plain frozen loop",
         "prediction": fastest(measured, "prediction", "transformers"),
+        "cache": "limit: tensors in memory",
         "memory": "1x",
         "processes": "1 process",
     }
@@ -293,6 +297,10 @@ def write_report(folder: Path, results: dict) -> str:
         photos_in={name: measured.rows("memory", name)[0]["photos"] for name in measured.variants("memory")},
         differences={kind: greatest_difference(measured, kind) for kind in EXACT_PAIRS},
         exact_pairs=EXACT_PAIRS,
+        first_epochs={
+            name: _median_text(measured.rows("cache", name), "first_epoch")
+            for name in ("decoded in every epoch", "decoded once")
+        },
         goal=chapter_accuracy(measured.by.get("accuracy", {})),
         failures=measured.failures,
         rounds=sorted({row["round"] for row in results["measurements"]}),

@@ -17,6 +17,7 @@ MEMORY_COPIES = (1, 10, 100)
 MEMORY_STEPS, MEMORY_BATCH = 3, 16
 PIPELINE_BATCHES = (1, 8, 32)
 OUR_PREDICT_BATCH = 32
+LIMIT = "limit: tensors in memory"
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,8 @@ def _plain(setup: Setup, *words: object) -> Callable[[Path, int], dict]:
     return measure
 
 
-def training(setup: Setup) -> list[Variant]:
-    """Photos per second over whole epochs: ours, the chapter's plain loop, and the limit in memory."""
-
-    def ours(*words: object) -> Callable[[Path, int], dict]:
-        def measure(folder: Path, seed: int) -> dict:
-            finished = _ours(setup, folder, "chapter", "--epochs", setup.epochs, "--seed", seed, *words)
-            return _trained(finished, folder / "run", setup)
-
-        return measure
-
-    def limit(folder: Path, _round: int) -> dict:
+def _limit(setup: Setup) -> Callable[[Path, int], dict]:
+    def measure(folder: Path, _round: int) -> dict:
         words = setup.task(
             "limit",
             train=setup.train,
@@ -114,6 +106,19 @@ def training(setup: Setup) -> list[Variant]:
         speed = len(seconds) * setup.train / sum(seconds)
         return {"value": speed, "epoch_seconds": seconds, "command": finished.command}
 
+    return measure
+
+
+def training(setup: Setup) -> list[Variant]:
+    """Photos per second over whole epochs: ours, the chapter's plain loop, and the limit in memory."""
+
+    def ours(*words: object) -> Callable[[Path, int], dict]:
+        def measure(folder: Path, seed: int) -> dict:
+            finished = _ours(setup, folder, "chapter", "--epochs", setup.epochs, "--seed", seed, *words)
+            return _trained(finished, folder / "run", setup)
+
+        return measure
+
     # On a GPU ours uses bf16 if it can, on a CPU only if asked to; the plain loop never does.
     if setup.gpus:
         other = [("ours, float32", ours("--precision", "no"))]
@@ -126,9 +131,32 @@ def training(setup: Setup) -> list[Variant]:
         ("plain loop", _plain(setup)),
         ("plain loop, channels_last", _plain(setup, "--channels-last")),
         (f"plain loop, channels_last, {setup.workers} loader processes", _plain(setup, *workers)),
-        ("limit: tensors in memory", limit),
+        (LIMIT, _limit(setup)),
     ]
     return [Variant("training", name, measure) for name, measure in variants]
+
+
+def cache(setup: Setup) -> list[Variant]:
+    """Photos per second in epochs after the first, with photos decoded in every epoch and only once."""
+
+    def ours(images: str) -> Callable[[Path, int], dict]:
+        def measure(folder: Path, seed: int) -> dict:
+            flags = ("--epochs", max(setup.epochs, 2), "--seed", seed)
+            place = "off" if images == "off" else folder / images
+            finished = _ours(setup, folder, "chapter", *flags, "--cache-images", place)
+            result = _trained(finished, folder / "run", setup)
+            first, *later = result["epoch_seconds"]
+            speeds = {"first_epoch": setup.train / first, "value": len(later) * setup.train / sum(later)}
+            return result | speeds
+
+        return measure
+
+    variants = [
+        ("decoded in every epoch", ours("off")),
+        ("decoded once", ours("decoded")),
+        (LIMIT, _limit(setup)),
+    ]
+    return [Variant("cache", name, measure) for name, measure in variants]
 
 
 def accuracy(setup: Setup) -> list[Variant]:
@@ -351,5 +379,5 @@ def exact(setup: Setup) -> list[Variant]:
 
 SECTIONS: dict[str, Callable[[Setup], list[Variant]]] = {
     section.__name__: section
-    for section in (startup, prediction, profile, memory, frozen, exact, training, processes, accuracy)
+    for section in (startup, prediction, profile, memory, frozen, exact, cache, training, processes, accuracy)
 }

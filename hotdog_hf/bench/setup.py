@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from PIL import Image
+from tqdm import tqdm
+
 from hotdog_hf.bench.processes import MeasurementError, run_process, task_command, task_result
 from hotdog_hf.config import RECIPES
+from hotdog_hf.data.images import decode_image
 from hotdog_hf.errors import UserError
 from hotdog_hf.machine import allowed_cores
 
@@ -107,6 +111,7 @@ def prepare(
     *,
     data_dir: str,
     photos: int | None,
+    enlarge: int | None,
     model: str,
     weights: str,
     image_size: int | None,
@@ -117,7 +122,8 @@ def prepare(
 ) -> tuple[Setup, dict]:
     """Create everything that the measurements need in `work`; return it, and the machine's description.
 
-    `photos` is the maximum per class and split. Raises `UserError` if the data or the network is missing.
+    `photos` is the maximum per class and split, `enlarge` the longer side that they get. Raises `UserError`
+    if the data or the network is missing.
     """
     if data_dir.startswith("hf://"):
         raise UserError("the benchmark compares with loops that read folders: give a folder as --data-dir")
@@ -142,6 +148,8 @@ def prepare(
         split: {name: paths[:photos] for name, paths in classes.items()}
         for split, classes in found["files"].items()
     }
+    if enlarge:
+        files = enlarge_photos(files, work / "enlarged", enlarge)
     link_photos(files, work / "photos")
     cores = allowed_cores()
     gpus = len(found["gpus"])
@@ -192,6 +200,28 @@ def link_photos(files: dict[str, dict[str, list[str]]], target: Path, copies: in
                     link = folder / f"{number:05}-{copy:03}{path.suffix}"
                     link.symlink_to(path.resolve())
     return target
+
+
+def enlarge_photos(
+    files: dict[str, dict[str, list[str]]], target: Path, side: int
+) -> dict[str, dict[str, list[str]]]:
+    """Write the photos as JPEGs of quality 92 whose longer side is `side`; return their paths likewise."""
+    enlarged = {}
+    bar = tqdm(desc="enlarging", unit="img", leave=False, disable=None)
+    for split, classes in files.items():
+        enlarged[split] = {name: [] for name in classes}
+        for name, paths in classes.items():
+            folder = target / split / name
+            folder.mkdir(parents=True)
+            for number, path in enumerate(paths):
+                photo = decode_image(path)
+                size = tuple(max(round(edge * side / max(photo.size)), 1) for edge in photo.size)
+                file = folder / f"{number:05}.jpg"
+                photo.resize(size, Image.Resampling.BICUBIC).save(file, quality=92)
+                enlarged[split][name].append(str(file))
+                bar.update()
+    bar.close()
+    return enlarged
 
 
 def repeated_photos(setup: Setup, copies: int) -> Path:
