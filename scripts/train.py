@@ -8,13 +8,17 @@ python scripts/train.py --help                                      # every knob
 
 from hotdog_hf.config import TrainConfig, parse_train_config
 from hotdog_hf.data.folder import check_data_dir
+from hotdog_hf.data.labels import check_tables
 from hotdog_hf.errors import exit_on_user_error
+from hotdog_hf.model.places import check_weights
 
 
 def main(config: TrainConfig) -> None:
     """Train one network on the hardware that the launcher provides."""
-    # Imported here so that --help, a mistyped flag and a missing folder respond before torch is loaded.
+    # Imported below so that --help, a mistyped flag and a missing file respond before torch is loaded.
     check_data_dir(config.data.data_dir)
+    check_tables(config.data.labels)
+    check_weights(config.model.weights)
 
     from hotdog_hf import hub
     from hotdog_hf.model.licenses import describe_upload

@@ -24,7 +24,7 @@ NEVER["hub"] = ROOMS
 NEVER["__init__"] = set()
 # Modules that scripts import before they know that torch is needed.
 WITHOUT_TORCH = (
-    "data.folder data.images data.check data.download data.sample model.predictor"
+    "data.folder data.images data.check data.download data.sample model.places model.predictor"
     " bench.setup bench.processes bench.sections bench.runner bench.page"
     " compare.runs compare.page deploy.app"
 ).split()
@@ -87,7 +87,9 @@ def test_a_scripts_main_is_a_table_of_contents():
         assert all(node.end_lineno - node.lineno + 1 <= 40 for node in mains), path.name
 
 
-NOT_BEFORE_THE_FIRST_STEP = {"sklearn", "matplotlib", "transformers", "captum", "onnxruntime", "gradio"}
+NOT_BEFORE_THE_FIRST_STEP = set(
+    "sklearn matplotlib transformers captum onnxruntime gradio evaluate scipy.stats scipy.optimize".split()
+)
 FIRST_STEP = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -126,7 +128,16 @@ finally:
 """
 
 
-def test_a_missing_folder_is_named_before_torch_is_imported(tmp_path):
-    ended = run("python", "-c", NO_TORCH, ROOT / "scripts/train.py", "--data-dir", tmp_path / "missing")
-    assert ended.returncode == 2 and "no such data folder" in ended.stderr
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train.py", "--data-dir", "missing"), "no such data folder: missing"),
+        (("train.py", "--data-dir", ".", "--weights", "missing.pth"), "--weights missing.pth: no such file"),
+        (("train.py", "--data-dir", ".", "--labels", "missing.csv"), "missing.csv"),
+        (("predict.py", "runs/missing/model", "photo.jpg"), "runs/missing/model is not a saved model"),
+    ],
+)
+def test_what_is_missing_is_named_before_torch_is_imported(words, message):
+    ended = run("python", "-c", NO_TORCH, ROOT / "scripts" / words[0], *words[1:])
+    assert ended.returncode == 2 and message in ended.stderr, ended.stderr
     assert ended.stdout.splitlines() == ["False"]

@@ -11,12 +11,12 @@ from accelerate.state import AcceleratorState
 from conftest import TINY_MODEL
 from test_resume import assert_same_run, newest, numbers_of, train_here
 
+from hotdog_hf.classification import ClassificationReport
 from hotdog_hf.config import RunConfig
 from hotdog_hf.data import loaders
 from hotdog_hf.data.splits import load_photos
 from hotdog_hf.data.transforms import eval_transform
 from hotdog_hf.errors import UserError
-from hotdog_hf.metrics import ClassificationReport
 from hotdog_hf.model import saved
 from hotdog_hf.model.network import data_config_of, label_names_of
 from hotdog_hf.model.source import load_source

@@ -8,8 +8,9 @@ import pytest
 from sklearn import metrics as sk
 
 from hotdog_hf import machine, metrics
+from hotdog_hf.classification import ClassificationReport
 from hotdog_hf.config import TrainConfig, to_dict
-from hotdog_hf.metrics import ClassificationReport, class_scores, most_confused, quality
+from hotdog_hf.metrics import class_scores, most_confused, quality
 from hotdog_hf.training.card import CardFacts, write_card
 from hotdog_hf.training.records import epoch_scores
 

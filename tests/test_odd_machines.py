@@ -14,7 +14,8 @@ import torch
 from conftest import ROOT, TINY_MODEL, run
 from test_resume import numbers_of, train_here
 
-from hotdog_hf import machine, metrics
+from hotdog_hf import machine
+from hotdog_hf.classification import ClassificationReport
 from hotdog_hf.data import loaders
 from hotdog_hf.errors import exit_on_user_error
 from hotdog_hf.training import launch
@@ -137,7 +138,7 @@ def test_a_home_that_cannot_be_written_costs_the_caches_alone(
     # Nobody, not even root, makes a folder there.
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nobody")
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", "/proc/nobody/metrics")
-    metrics.ClassificationReport(["a", "b"])
+    ClassificationReport(["a", "b"])
     for name in ("one", "two"):
         train_here(tiny_weights, photos_dir, tmp_path / name, "--recipe", "probe")
     assert numbers_of(tmp_path / "one") == numbers_of(tmp_path / "two")

@@ -18,12 +18,12 @@ from PIL import Image
 from test_engine import TWO_PROCESSES
 from test_hub import target
 
+from hotdog_hf.classification import ClassificationReport
 from hotdog_hf.config import DataConfig
 from hotdog_hf.data import transforms
 from hotdog_hf.data.images import decode_image, read_photo
 from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError
-from hotdog_hf.metrics import ClassificationReport
 from hotdog_hf.model import gradcam, network, saved
 from hotdog_hf.model.predictor import load_predictor
 from hotdog_hf.report import runner

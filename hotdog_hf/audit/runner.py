@@ -23,7 +23,8 @@ from hotdog_hf.data.splits import HUB_DATA_PREFIX, Photos
 from hotdog_hf.data.transforms import MEMORY_FORMAT
 from hotdog_hf.errors import UserError
 from hotdog_hf.machine import allowed_cores
-from hotdog_hf.model import network, saved, source
+from hotdog_hf.model import network, source
+from hotdog_hf.model.places import is_saved_model
 from hotdog_hf.training import features
 
 
@@ -74,7 +75,7 @@ def load_extractor(
     """Return the body of a timm `model` with its `weights`, or of a saved model, to give the photos to."""
     with accelerator.local_main_process_first():
         net = source.load_source(model, weights, config.image_size)
-    if saved.is_saved_model(weights):
+    if is_saved_model(weights):
         data_config = network.data_config_of(net)  # as it was trained
     else:
         data_config = source.source_data_config(net, config.preprocessing, config.image_size)

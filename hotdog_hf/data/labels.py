@@ -150,6 +150,12 @@ def read_tables(files: Sequence[str], data_dir: str | os.PathLike) -> Table:
     return table
 
 
+def check_tables(files: Sequence[str]) -> None:
+    """Raise `UserError` for a table that cannot be read or lacks a column; its rows are not checked."""
+    for file in files:
+        next(_read(file), None)
+
+
 def _raise_faults(faults: Sequence[str]) -> None:
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if faults[SHOWN:] else ""

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 import scipy.special
 
 from hotdog_hf.errors import UserError
@@ -81,6 +80,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray 
     def penalised(log_temperature: float) -> float:
         loss = weights.sum() * _loss(logits / math.exp(log_temperature), labels, weights)
         return loss + PRIOR_PHOTOS / 2 * log_temperature**2
+
+    import scipy.optimize  # takes a part of a second, and prediction does not fit
 
     bounds = tuple(map(math.log, LIMITS))
     found = scipy.optimize.minimize_scalar(

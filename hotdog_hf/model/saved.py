@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,9 +16,8 @@ from hotdog_hf.files import replacing_folder
 from hotdog_hf.hub import hub_errors
 from hotdog_hf.model import neighbors
 from hotdog_hf.model.licenses import choose_license
+from hotdog_hf.model.places import HUB_PREFIX, MODEL_FILES, check_model_folder, is_on_hub
 
-MODEL_FILES = ("config.json", "model.safetensors")
-HUB_PREFIX = "hf-hub:"
 # What a source's config says about its weights, which is not true of the trained model.
 SOURCE_KEYS = frozenset(
     "url file hf_hub_id hf_hub_filename source state_dict tag license origin_url paper_name paper_ids notes"
@@ -95,11 +93,6 @@ def _amend_config(config_file: Path, more: dict) -> None:
     config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def is_saved_model(name: str) -> bool:
-    """Return whether `name` means a saved model: an existing folder, or `hf-hub:user/name`."""
-    return name.startswith(HUB_PREFIX) or Path(name).is_dir()
-
-
 def load_model(name: str | os.PathLike, image_size: int | None = None) -> torch.nn.Module:
     """Load a saved folder or a Hub model, ready for evaluation, carrying its class names and preprocessing.
 
@@ -108,7 +101,7 @@ def load_model(name: str | os.PathLike, image_size: int | None = None) -> torch.
     Raises `UserError` if there is no such model.
     """
     folder = Path(name)
-    if not folder.exists() and re.fullmatch(rf"({HUB_PREFIX})?[^/:]+/[^/]+", str(name)):
+    if is_on_hub(name):
         repo, _, revision = str(name).removeprefix(HUB_PREFIX).partition("@")
         with hub_errors(repo):
             folder = Path(
@@ -116,9 +109,7 @@ def load_model(name: str | os.PathLike, image_size: int | None = None) -> torch.
                     repo, revision=revision or None, allow_patterns=[*MODEL_FILES, neighbors.FILE]
                 )
             )
-    for file in MODEL_FILES:
-        if not (folder / file).is_file():
-            raise UserError(f"{name} is not a saved model: it has no {file}")
+    check_model_folder(folder, name)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         fixed = config.get("pretrained_cfg", {}).get("fixed_input_size")

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 import torch
 
 # Rows whose logits are in memory at a time.
@@ -104,6 +103,8 @@ class SoftmaxRegression:
             "ftol": self.accuracy.decrease,
             "gtol": self.accuracy.gradient,
         }
+        import scipy.optimize  # only a fitted head needs it
+
         first = start.to_vector() * scale
         found = scipy.optimize.minimize(scaled, first, method="L-BFGS-B", jac=True, options=options)
         return self.unpack(found.x / scale)

@@ -12,7 +12,8 @@ import torch
 from hotdog_hf.errors import UserError
 from hotdog_hf.hub import fetch_file
 from hotdog_hf.model.licenses import UNKNOWN
-from hotdog_hf.model.saved import HUB_PREFIX, is_saved_model, load_model
+from hotdog_hf.model.places import HUB_PREFIX, check_weights_file, is_saved_model
+from hotdog_hf.model.saved import load_model
 
 # The chapter's weights are torchvision's; timm's default for the bare name has another training recipe.
 CHAPTER_MODEL = "resnet18.tv_in1k"
@@ -112,11 +113,7 @@ def _timm_weights_file(name: str) -> Path:
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read a .safetensors file, or a .pth/.pt/.bin file without running code from it."""
-    if not path.is_file():
-        raise UserError(
-            f"--weights {path}: no such file (a file, a saved model's folder, hf-hub:user/name, or auto,"
-            " bundled, none)"
-        )
+    check_weights_file(path)
     try:
         if path.suffix == ".safetensors":
             state_dict = safetensors.torch.load_file(path)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn import metrics as sk
 
+from hotdog_hf.classification import ClassificationReport
 from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import (
     CALIBRATION_BINS,
-    ClassificationReport,
     balanced_scores,
     calibration_error,
     class_scores,

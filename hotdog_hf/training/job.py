@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +18,15 @@ from hotdog_hf.data import loaders, stream, transforms
 from hotdog_hf.data.prepare import choose_cache, open_photos
 from hotdog_hf.data.splits import Photos, resolve_positive
 from hotdog_hf.errors import UserError
-from hotdog_hf.metrics import ClassificationReport
 from hotdog_hf.model import calibration, heads, network
 from hotdog_hf.model.licenses import choose_license, describe_license
 from hotdog_hf.model.source import load_source, source_data_config
 from hotdog_hf.training import engine, launch, optim, sharding
 from hotdog_hf.training.features import FeatureExtractor
 from hotdog_hf.training.state import Progress, TrainState
+
+if TYPE_CHECKING:
+    from hotdog_hf.classification import ClassificationReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +53,19 @@ class Job:
     # A batch of `train_loader` is one optimizer step; a batch of `eval_loaders` is one forward pass.
     train_loader: DataLoader
     eval_loaders: dict[str, DataLoader]
-    metric: ClassificationReport
     # Predictions of a fitted head that is not trained further, see `BuiltModel`.
     held_out: calibration.HeldOut | None
     # What training changes. A fitted head starts at epoch 0, with its loss and accuracy on train.
     state: TrainState
     # What the recipe "best" tried and chose, for choice.json and the card.
     choice: dict | None = None
+
+    @functools.cached_property
+    def metric(self) -> "ClassificationReport":
+        """The metrics. Nothing before the first evaluation waits for the import of `evaluate`."""
+        from hotdog_hf.classification import ClassificationReport
+
+        return ClassificationReport(self.photos.label_names, self.positive_label)
 
     @property
     def micro_batch_size(self) -> int:
@@ -124,7 +132,6 @@ def build(config: TrainConfig, accelerator: Accelerator, photos: Photos | None =
         eval_modules=eval_modules,
         train_loader=train_loader,
         eval_loaders=eval_loaders,
-        metric=ClassificationReport(photos.label_names, positive_label),
         held_out=model.held_out if config.optim.epochs == 0 else None,
         state=build_state(config, accelerator, photos, model, len(train_loader) * config.optim.epochs),
     )
