@@ -148,9 +148,7 @@ def prepare(
         split: {name: paths[:photos] for name, paths in classes.items()}
         for split, classes in found["files"].items()
     }
-    if enlarge:
-        files = enlarge_photos(files, work / "enlarged", enlarge)
-    link_photos(files, work / "photos")
+    link_photos(enlarge_photos(files, work / "enlarged", enlarge) if enlarge else files, work / "photos")
     cores = allowed_cores()
     gpus = len(found["gpus"])
     setup = Setup(
