@@ -233,7 +233,7 @@ def test_every_target_speaks_of_something_that_is_measured(photos_dir, tiny_weig
             {"section": name, "variant": variant.name, "round": 0} | numbers for variant in section(setup)
         ]
     measured = Measured(rows)
-    assert len(targets(measured)) == 12
+    assert len(targets(measured)) == 13
     assert all(baseline_of(measured, name) in [None, *measured.variants(name)] for name in SECTIONS)
 
 
