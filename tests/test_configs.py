@@ -184,6 +184,7 @@ def in_pieces(tmp_path_factory, photos_dir, tiny_weights):
 
 def test_a_network_in_pieces_computes_as_one_process(in_pieces, light_alone):
     assert_same_numbers(metrics_of(in_pieces / "runs/it")[:3], light_alone[:3])
+    assert (in_pieces / "runs/it/model/neighbors.safetensors").exists()
 
 
 @pytest.mark.parametrize(
