@@ -36,12 +36,12 @@ CROPS = {
 ENOUGH_HELD_BACK = 75
 # Light fine-tuning is not tried if a full one has this share of the fitted heads' log-loss, or less.
 MUCH_BETTER = 0.5
-# Epochs of fine-tuning on a part of train; it is given up halfway if its log-loss is over so many times that
-# of the best so far.
-TRIAL_EPOCHS, HOPELESS = {"full": 4, "light": 3}, 2.0
+# Epochs of fine-tuning on a part of train, enough to tell how it ends. A full one is given up halfway if its
+# log-loss is over so many times that of the best head; the first epochs of a light one tell little.
+TRIAL_EPOCHS, HOPELESS = {"full": 6, "light": 4}, 2.0
 # With --minutes: the fewest epochs that tell what a fine-tuning is good for, the fewest that are worth
 # training on all of train, and the most. The first epoch of a light one only loses what the head had fitted.
-FEWEST_TRIAL_EPOCHS = {"full": 2, "light": 3}
+FEWEST_TRIAL_EPOCHS = {"full": 3, "light": 3}
 FEWEST_EPOCHS, MOST_EPOCHS = {"full": 4, "light": 3}, {"full": 20, "light": 6}
 # Seconds of training on a photo by recipe, before any was trained, as shares of those for the whole network.
 TRAIN_SHARES = {"full": 1.0, "light": 0.7}
@@ -327,7 +327,7 @@ class Search:
             if epoch == 1:
                 seconds = functools.partial(float, (time.perf_counter() - begun) / len(learned))
                 self.costs.train_seconds[way.recipe] = launch.run_on_main(self.accelerator, seconds)
-            if epoch in (epochs // 2, epochs):
+            if epoch == epochs or (epoch == epochs // 2 and way.recipe == "full"):
                 outputs = self.evaluate_part(job)
                 given_up = epoch < epochs and self.board.losses(outputs, rows).mean() > hopeless
                 if given_up:
