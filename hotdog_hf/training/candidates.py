@@ -64,8 +64,9 @@ class Board:
         return tried.losses - self.reference().losses[tried.rows]
 
     def score(self, tried: Tried) -> float:
-        """Return the estimated log-loss on all photos: the best head's, plus the difference to it."""
-        return float(self.reference().losses.mean() + self.differences(tried).mean())
+        """Return the estimated log-loss on all photos: the best head's, times the ratio on those tested."""
+        best = self.reference().losses
+        return float(best.mean() * tried.losses.mean() / max(best[tried.rows].mean(), 1e-12))
 
     def error(self, tried: Tried) -> float:
         """Return the standard error of the log-loss; of a fine-tuning, of the difference to the best head."""
