@@ -108,6 +108,8 @@ def _serve() -> None:
 
 def _become(words: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
     os.setsid()  # so that it can be ended with all that it starts
+    # As on a terminal: what a shell starts in the background ignores Ctrl-C, and all that starts does too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     files = (
         os.open(os.devnull, os.O_RDONLY),
         *(os.open(file, os.O_WRONLY | os.O_CREAT) for file in (out, err)),

@@ -1,6 +1,5 @@
 """Trainings as jobs of a Hub on this machine, which really runs them, through the real clients."""
 
-import contextlib
 import os
 import re
 import signal
@@ -74,12 +73,8 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(
     end = time.monotonic() + 120
     while server.count("GET", "/logs") == seen and process.poll() is None and time.monotonic() < end:
         time.sleep(0.1)
-    # Once, on a busy machine, the first signal was not enough: a person would press Ctrl-C again.
-    for _ in range(3):
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            output, errors = process.communicate(20)
-            break
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(60)
     assert process.returncode == 0, errors
     job = list(server.jobs.values())[-1]
     assert job.stage == "RUNNING" and f"hf jobs logs --follow {job.id}" in output
