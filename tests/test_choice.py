@@ -135,17 +135,16 @@ def test_a_fine_tuning_is_chosen_only_if_it_is_clearly_better():
     labels, rows = np.zeros(8, int), np.arange(4)
     board = Board(labels, None)
 
-    def add(name, losses, rows=rows, **how):
+    def add(name, losses, *where):
         log_probabilities = np.log(np.stack([np.exp(-losses), 1 - np.exp(-losses)], axis=1))
-        return board.add(Candidate(name, "full", {}), log_probabilities, rows, **how)
+        return board.add(Candidate(name, "full", {}), log_probabilities, *where)
 
-    board_rows = np.arange(8)
-    head = add("head", np.repeat([0.2, 0.4], 4), board_rows)
+    head = add("head", np.repeat([0.2, 0.4], 4))
     assert board.best() == (head, "its log-loss, 0.300, is the lowest of the fitted heads")
-    add("chance", np.array([0.01, 0.5, 0.01, 0.25]), trained=True)
+    add("chance", np.array([0.01, 0.5, 0.01, 0.25]), rows)
     assert board.best()[0] is head and board.best()[1].endswith("by more than a standard error")
-    add("given up", np.full(4, 0.05), trained=True, given_up=True)
-    clear = add("clear", np.full(4, 0.1) + 0.01 * rows, trained=True)
+    add("given up", np.full(4, 0.05), rows, True)
+    clear = add("clear", np.full(4, 0.1) + 0.01 * rows, rows)
     assert board.best()[0] is clear
     assert board.best()[1].endswith(
         "is lower than that of the best fitted head by more than a standard error"

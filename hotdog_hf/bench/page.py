@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hotdog_hf import templates
+from hotdog_hf.bench.sections import LIMIT
 from hotdog_hf.files import write_text
 
 # Title of each section, and the unit of its `value`.
@@ -142,9 +143,8 @@ def targets(measured: Measured) -> list[Target]:
     ours = "ours, float32" if "ours, float32" in measured.variants("training") else "ours"
     for plain in dict.fromkeys(["plain loop", fastest(measured, "training", "plain loop")]):
         ratio(f"training, whole job: {ours} / {plain}", "training", ours, plain, 1.3)
-    ratio("training: ours / limit in memory", "training", "ours", "limit: tensors in memory", 0.95)
-    limit = "limit: tensors in memory"
-    ratio("photos decoded once, epochs after the first: ours / limit", "cache", "decoded once", limit, 0.9)
+    ratio("training: ours / limit in memory", "training", "ours", LIMIT, 0.95)
+    ratio("photos decoded once, epochs after the first: ours / limit", "cache", "decoded once", LIMIT, 0.9)
     rounds = len(measured.rows("accuracy", "chapter"))
     for name in ("probe", "light"):
         if reached := measured.ratio("accuracy", "chapter", name):
@@ -243,7 +243,7 @@ def baseline_of(measured: Measured, section: str) -> str | None:
         "accuracy": "chapter",
         "frozen": "plain frozen loop",
         "prediction": fastest(measured, "prediction", "transformers"),
-        "cache": "limit: tensors in memory",
+        "cache": LIMIT,
         "memory": "1x",
         "processes": "1 process",
     }

@@ -88,8 +88,8 @@ def stratified_folds(
     """Return (learned, held-back) indices of folds with the classes spread evenly, every group in one fold.
 
     As many folds as the smallest class has groups, up to `most`; of very many photos only as many folds as
-    hold back `enough` photos. None if some fold would leave nothing of a class to learn. `groups` [N] number
-    photos that stay together, such as copies; None: every photo is alone.
+    hold back `enough` photos. No folds at all if one would leave nothing of a class to learn. `groups` [N]
+    number photos that stay together, such as copies; None: every photo is alone.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # a second to import
 

@@ -28,6 +28,7 @@ from hotdog_hf import hub
 from hotdog_hf.config import TrainConfig, command_of, override
 from hotdog_hf.data.folder import check_data_dir, find_photos
 from hotdog_hf.errors import UserError
+from hotdog_hf.model.places import check_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "hotdog_hf-jobs"
@@ -160,9 +161,7 @@ def check_inputs(train: TrainConfig) -> TrainConfig:
     for path in train.data.labels:
         if not Path(path).is_file():
             raise UserError(f"--labels {path}: no such file")
-    weights = train.model.weights
-    if weights.endswith((".safetensors", ".pth")) and not Path(weights).is_file():
-        raise UserError(f"--weights {weights}: no such file")
+    check_weights(train.model.weights)
     return override(train, output_dir=run_dir)
 
 

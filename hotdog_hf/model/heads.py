@@ -215,10 +215,8 @@ def class_vector_head(
     rows, biases = _layer_of(source_head)
     taken = [index for indices in sources for index in indices or ()]
     others = np.setdiff1d(np.arange(len(rows)), taken)
-    chosen, mean = (
-        [others if indices is None else np.array(indices) for indices in sources],
-        features.mean(axis=0),
-    )
+    chosen = [others if indices is None else np.array(indices) for indices in sources]
+    mean = features.mean(axis=0)
     return _stack(_bound(rows[indices], biases[indices], mean) for indices in chosen)
 
 

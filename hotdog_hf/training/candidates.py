@@ -39,11 +39,15 @@ class Board:
         self,
         candidate: Candidate,
         log_probabilities: np.ndarray,
-        rows: np.ndarray,
-        trained: bool = False,
+        rows: np.ndarray | None = None,
         given_up: bool = False,
     ) -> Tried:
-        """Record a candidate by its log-probabilities [n, classes] of the photos in these rows [n]."""
+        """Record a candidate by its log-probabilities [n, classes] of held-back photos.
+
+        Those of a fine-tuning are in these rows [n]; a fitted head (None) was cross-validated on all photos.
+        """
+        trained = rows is not None
+        rows = rows if trained else np.arange(len(self.labels))
         losses = self.losses(log_probabilities, rows)
         correct = log_probabilities.argmax(axis=1) == self.labels[rows]
         self.tried.append(Tried(candidate, rows, losses, correct, trained, given_up))

@@ -300,8 +300,7 @@ class Search:
             if given_up:
                 break
         rows = np.concatenate([held_back for _, held_back in self.trial_folds[: len(parts)]])
-        tried = self.board.add(way, np.concatenate(parts), rows, trained=True, given_up=given_up)
-        self.accelerator.print(self.board.describe(tried))
+        self.add(way, np.concatenate(parts), rows, given_up)
 
     def train_part(
         self, way: Candidate, layer: Layer, fold: tuple[np.ndarray, np.ndarray], epochs: int
@@ -359,8 +358,14 @@ class Search:
         )
         return np.log(np.maximum(probabilities.double().cpu().numpy(), 1e-30))
 
-    def add(self, candidate: Candidate, log_probabilities: np.ndarray) -> Tried:
-        """Record a fitted head that was cross-validated on all photos."""
-        tried = self.board.add(candidate, log_probabilities, np.arange(len(self.labels)))
+    def add(
+        self,
+        candidate: Candidate,
+        log_probabilities: np.ndarray,
+        rows: np.ndarray | None = None,
+        given_up: bool = False,
+    ) -> Tried:
+        """Record a candidate as `Board.add` does, and print its line of the table."""
+        tried = self.board.add(candidate, log_probabilities, rows, given_up)
         self.accelerator.print(self.board.describe(tried))
         return tried
