@@ -84,6 +84,9 @@ class DataConfig:
     cache_images: str = "auto"
     # Gigabytes that decoded photos may take. Those not used for the longest time make room for a new run's.
     cache_size: float = 10.0
+    # Keep the decoded training photos in the GPU's memory and cut the random crops there, a batch at a time:
+    # for a GPU that waits for the CPU's cores. The crops' bytes differ from the CPU's by rounding.
+    crop_on_device: bool = False
     # Loader processes. Unset: all cores but one, up to 16 per GPU; on a CPU one per 16 cores, as the network
     # needs the others.
     num_workers: int | None = None
@@ -100,6 +103,12 @@ class DataConfig:
             "--cache-images",
             self.cache_images,
             "needs photos that are not streamed: those may be more than the disk holds",
+        )
+        _require(
+            not (self.streaming and self.crop_on_device),
+            "--crop-on-device",
+            True,
+            "needs photos that are not streamed: those may be more than the memory holds",
         )
         _require(
             not (self.streaming and self.val_fraction),
@@ -354,6 +363,13 @@ class TrainConfig:
             "--augmentation",
             self.data.augmentation,
             "must be none if features are cached, or add --no-cache-features",
+        )
+        crops = self.data.augmentation == "crop" or self.recipe == "best"
+        _require(
+            crops or not self.data.crop_on_device,
+            "--crop-on-device",
+            True,
+            "needs --augmentation crop, which trains on random crops",
         )
         all_features = self.model.head_init in FITTED_HEADS or self.model.cache_features
         _require(

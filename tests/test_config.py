@@ -53,6 +53,8 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
             "--epochs needs --head-init probe or source-probe or class-vector, got 0",
         ),
         ("--recipe light --epochs -1", "--epochs must be 0 or more"),
+        ("--crop-on-device --augmentation none", "--crop-on-device needs --augmentation crop"),
+        ("--crop-on-device --streaming", "--crop-on-device needs photos that are not streamed"),
         ("--augmentation none --cache-features", "--cache-features .* add --freeze-body"),
         ("--freeze-body --cache-features", "--augmentation must be none if features are cached"),
         ("--recipe probe --augmentation crop", "--augmentation must be none if features are cached"),

@@ -11,18 +11,23 @@ import sys
 from types import SimpleNamespace
 
 import book_loop
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_MODEL, run
+from PIL import Image
 from test_resume import StopAfter, assert_same_run, numbers_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotdog_hf.config import OptimConfig, parse_train_config
-from hotdog_hf.data import loaders
+from hotdog_hf.data import loaders, on_device
 from hotdog_hf.data.images import decode_image, resize_and_crop
+from hotdog_hf.data.splits import load_photos
+from hotdog_hf.data.transforms import train_transform
+from hotdog_hf.errors import UserError
 from hotdog_hf.model import predictor
 from hotdog_hf.training import engine, job, launch, loop, optim
 from hotdog_hf.training.state import TrainState
@@ -106,8 +111,9 @@ def test_on_a_gpu_the_default_is_bf16(monkeypatch):
     [
         ("--momentum", 0.9, "--gradient-accumulation-steps", 2),
         ("--optimizer", "adamw", "--ema-decay", 0.5, "--precision", "bf16"),
+        ("--crop-on-device", "--num-workers", 1),
     ],
-    ids=["momentum", "adamw"],
+    ids=["momentum", "adamw", "crops"],
 )
 def test_a_run_resumes_to_the_very_bit_with_a_fused_optimizer_on_channels_last_weights(
     device, flags, tiny_weights, photos_dir, tmp_path, monkeypatch
@@ -305,21 +311,64 @@ def stepping(request, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def geometry_of(size, interpolation="bilinear"):
+    """Return a network's preprocessing."""
+    half = (0.5,) * 3
+    return {"input_size": (3, size, size), "interpolation": interpolation, "mean": half, "std": half}
+
+
+@pytest.mark.parametrize(("interpolation", "bound"), [("bilinear", 2), ("bicubic", 8)])
+def test_crops_cut_on_the_device_are_those_of_the_cpu(device, interpolation, bound, tmp_path, monkeypatch):
+    """Of a small photo, of a large one that is decoded at a reduced size, of a PNG; some are flipped.
+
+    Pillow resizes some photos vertically first, which matters where the cubic filter leaves the bytes.
+    """
+    rng = np.random.default_rng(0)
+    for number, (size, kind) in enumerate([((90, 60), "jpg"), ((700, 900), "jpg"), ((50, 80), "png")]):
+        noise = Image.fromarray(rng.integers(0, 255, (5, 4, 3), dtype=np.uint8)).resize(size)
+        for split in ("train", "test"):
+            for name in "ab":
+                folder = tmp_path / split / name
+                folder.mkdir(parents=True, exist_ok=True)
+                noise.rotate(number + len(name)).save(folder / f"{number}.{kind}")
+    rows, crop = load_photos(tmp_path)["train"], train_transform(geometry_of(32, interpolation), None, 0.2)
+    one_by_one = loaders.PhotoDataset(rows, crop, 3)
+    monkeypatch.setattr(on_device, "PIXELS_AT_ONCE", 2 * 113 * 90)  # so that a batch is cut in parts
+    together = on_device.DevicePhotoDataset(rows, crop, 3, None, torch.device(device))
+    assert set(together.reductions) == {1, 8} and together.canvas == (113, 90)
+
+    keys = [(epoch, index) for epoch in (1, 2, 3) for index in range(len(rows))]
+    expected = torch.stack([one_by_one[key]["pixel_values"] for key in keys])
+    places = torch.stack([together[key]["pixel_values"] for key in keys])
+    assert 0 < places[:, 5].mean() < 1
+    inputs = together.network_input(places.to(device)).cpu()
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+    difference = (inputs * 127.5 + 127.5).round() - expected
+    assert difference.abs().max() <= bound and (difference != 0).float().mean() < 0.1
+
+
+def test_photos_that_do_not_fit_are_refused_before_any_is_decoded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 2 * 10**9))
+    on_device.check_memory(499_999_999, 1000, torch.device("cuda"))
+    with pytest.raises(UserError, match=r"1000 decoded photos need .* more than 50% of"):
+        on_device.check_memory(600_000_000, 1000, torch.device("cuda"))
+
+
 @pytest.mark.parametrize(
-    ("kind", "ema_decay", "knobs"),
+    ("kind", "ema_decay", "knobs", "crop_on_device"),
     [
-        ("sgd", 0.0, {"gradient_accumulation_steps": 2}),
-        ("adamw", 0.9, {"loss_reduction": "mean", "label_smoothing": 0.1}),
+        ("sgd", 0.0, {"gradient_accumulation_steps": 2}, False),
+        ("adamw", 0.9, {"loss_reduction": "mean", "label_smoothing": 0.1}, False),
+        ("sgd", 0.0, {}, True),
     ],
 )
-def test_no_step_waits_for_the_device(stepping, photos_dir, kind, ema_decay, knobs):
-    from hotdog_hf.data.splits import load_photos
-    from hotdog_hf.data.transforms import train_transform
-
+def test_no_step_waits_for_the_device(stepping, photos_dir, kind, ema_decay, knobs, crop_on_device):
     accelerator, device = stepping
-    geometry = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    rows = load_photos(photos_dir)["train"]
-    loader = loaders.train_loader(loaders.PhotoDataset(rows, train_transform(geometry), 0), 4)
+    rows, crop = load_photos(photos_dir)["train"], train_transform(geometry_of(32))
+    photo_set = loaders.PhotoDataset(rows, crop, 0)
+    if crop_on_device:
+        photo_set = on_device.DevicePhotoDataset(rows, crop, 0, None, accelerator.device)
+    loader = loaders.train_loader(photo_set, 4)
     loader.batch_sampler.seek(1)
     state = a_state(device, kind=kind, ema_decay=ema_decay)
     if device == "cuda":  # accelerate would move what is on no device to the CPU

@@ -51,26 +51,30 @@ class CropAndFlip:
 
     def pixels(self, photo: Photo | Image.Image, *numbers: int) -> torch.Tensor:
         """Return the bytes of a crop, uint8 [3, H, W]; crop and flip depend only on size and numbers."""
+        place, flip = self.draw(photo.size, *numbers)
+        cropped = self._cropped(photo, place)
+        return v2.functional.pil_to_tensor(v2.functional.horizontal_flip(cropped) if flip else cropped)
+
+    def draw(self, size: tuple[int, int], *numbers: int) -> tuple[tuple[int, int, int, int], bool]:
+        """Return a crop's left, top, right and bottom edge in a photo of this size, and if it is flipped."""
         with self._drawing, torch.random.fork_rng(devices=[]):
             # Only the CPU's generator: torch.manual_seed would reset the GPU's too, for every photo.
             torch.default_generator.manual_seed(derive_seed(*numbers))
-            no_pixels = torch.empty(photo.size[::-1], device="meta")
-            place, flip = self.crop.make_params([no_pixels]), self.flip and torch.rand(1) < 0.5
-        cropped = self._cropped(photo, **place)
-        return v2.functional.pil_to_tensor(v2.functional.horizontal_flip(cropped) if flip else cropped)
+            place = self.crop.make_params([torch.empty(size[::-1], device="meta")])
+            flip = self.flip and bool(torch.rand(1) < 0.5)
+        left, top = place["left"], place["top"]
+        return (left, top, left + place["width"], top + place["height"]), flip
 
     def reduction(self, photo: Photo) -> int:
         """Return the reduction at which `pixels` decodes a photo, the same for all of its crops."""
         return photo.reduction_for(self.crop.size, self.crop.scale[0])
 
-    def _cropped(
-        self, photo: Photo | Image.Image, top: int, left: int, height: int, width: int
-    ) -> Image.Image:
+    def _cropped(self, photo: Photo | Image.Image, place: tuple[int, int, int, int]) -> Image.Image:
         size, reduction = tuple(self.crop.size[::-1]), 1
         if isinstance(photo, Photo):
             reduction = self.reduction(photo)
             photo = photo.decode(reduction)
-        edges = [edge / reduction for edge in (left, top, left + width, top + height)]
+        edges = [edge / reduction for edge in place]
         # As torchvision: cut first, so that the resized pixels hold nothing from outside of the crop.
         outer = [*map(math.floor, edges[:2]), *map(math.ceil, edges[2:])]
         box = [edge - outer[number % 2] for number, edge in enumerate(edges)]

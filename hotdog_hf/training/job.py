@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from hotdog_hf.config import FITTED_HEADS, SOURCE_HEADS, TrainConfig
 from hotdog_hf.data import loaders, stream, transforms
+from hotdog_hf.data.on_device import DevicePhotoDataset
 from hotdog_hf.data.prepare import choose_cache, open_photos
 from hotdog_hf.data.splits import Photos, resolve_positive
 from hotdog_hf.errors import UserError
@@ -255,9 +256,13 @@ def build_train_loader(
             rows, batch_size, seed, config.data.shuffle_buffer, sum_processes, **share
         )
         return stream.train_loader(sampler, transform, num_workers=workers)
-    train_set = loaders.PhotoDataset(rows, transform, seed, photos.cache)
     if config.model.cache_features:
         train_set = model.split_features["train"]
+    elif config.data.crop_on_device:
+        no_bar = None if accelerator.is_main_process else True
+        train_set = DevicePhotoDataset(rows, transform, seed, photos.cache, accelerator.device, no_bar)
+    else:
+        train_set = loaders.PhotoDataset(rows, transform, seed, photos.cache)
     return loaders.train_loader(train_set, batch_size, num_workers=workers, **share)
 
 
