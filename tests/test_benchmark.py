@@ -308,7 +308,12 @@ def test_the_accuracy_to_reach_is_the_mean_of_the_chapters_own():
 
 
 @pytest.mark.parametrize(
-    ("gpus", "bf16", "other"), [(0, False, []), (0, True, ["ours, bf16"]), (1, True, ["ours, float32"])]
+    ("gpus", "bf16", "other"),
+    [
+        (0, False, []),
+        (0, True, ["ours, bf16"]),
+        (1, True, ["ours, float32", "ours, crops cut on the GPU", "ours, crops cut on the GPU, compiled"]),
+    ],
 )
 def test_ours_is_measured_in_the_other_precision_too(gpus, bf16, other, photos_dir, tiny_weights, tmp_path):
     setup = setup_of(photos_dir, tiny_weights, tmp_path, gpus=gpus, bf16=bf16)

@@ -121,7 +121,11 @@ def training(setup: Setup) -> list[Variant]:
 
     # On a GPU ours uses bf16 if it can, on a CPU only if asked to; the plain loop never does.
     if setup.gpus:
-        other = [("ours, float32", ours("--precision", "no"))]
+        other = [
+            ("ours, float32", ours("--precision", "no")),
+            ("ours, crops cut on the GPU", ours("--crop-on-device")),
+            ("ours, crops cut on the GPU, compiled", ours("--crop-on-device", "--compile")),
+        ]
     else:
         other = [("ours, bf16", ours("--precision", "bf16"))] if setup.bf16 else []
     workers = ("--channels-last", "--num-workers", setup.workers)
@@ -139,9 +143,9 @@ def training(setup: Setup) -> list[Variant]:
 def cache(setup: Setup) -> list[Variant]:
     """Photos per second in epochs after the first, with photos decoded in every epoch and only once."""
 
-    def ours(images: str) -> Callable[[Path, int], dict]:
+    def ours(images: str, *words: object) -> Callable[[Path, int], dict]:
         def measure(folder: Path, seed: int) -> dict:
-            flags = ("--epochs", max(setup.epochs, 2), "--seed", seed)
+            flags = ("--epochs", max(setup.epochs, 2), "--seed", seed, *words)
             place = "off" if images == "off" else folder / images
             finished = _ours(setup, folder, "chapter", *flags, "--cache-images", place)
             result = _trained(finished, folder / "run", setup)
@@ -151,9 +155,11 @@ def cache(setup: Setup) -> list[Variant]:
 
         return measure
 
+    on_gpu = [("kept and cropped on the GPU", ours("off", "--crop-on-device"))] if setup.gpus else []
     variants = [
         ("decoded in every epoch", ours("off")),
         ("decoded once", ours("decoded")),
+        *on_gpu,
         (LIMIT, _limit(setup)),
     ]
     return [Variant("cache", name, measure) for name, measure in variants]

@@ -35,7 +35,7 @@ from hotdog_hf.model.source import load_source, source_data_config
 from hotdog_hf.training import engine, launch, optim
 from hotdog_hf.training.state import TrainState
 
-PROFILED_STEPS = 2
+PROFILED_STEPS, PROFILED_PHOTOS = 2, 64
 TOP_OPERATORS = 10
 
 
@@ -288,7 +288,12 @@ def profile(*, data_dir: str, batch_size: int, num_workers: int | None, **networ
         for _, _ in zip(range(PROFILED_STEPS), job.steps(loader), strict=False):
             pass
 
-    train_set.threads = 1  # in the main thread, so that decoding and augmenting can be told apart
+    # In the main thread, so that decoding and augmenting can be told apart.
+    train_set.threads, some = 1, range(min(PROFILED_PHOTOS, len(train_set)))
+    started = time.perf_counter()
+    for index in some:
+        train_set.pixel_values(1, index)
+    core_speed = len(some) / (time.perf_counter() - started)
     job.net.register_forward_pre_hook(lambda *_: watch.enter("forward"))
     job.net.register_forward_hook(lambda *_: watch.leave())
     job.optimizer.step = watch.timed("step", job.optimizer.step)
@@ -305,7 +310,13 @@ def profile(*, data_dir: str, batch_size: int, num_workers: int | None, **networ
         engine.predict(accelerator, job.net, test_loader)
     with watch("other"):
         pass
-    return {"seconds_by": watch.seconds, "operators": _operators(profiler), "num_workers": workers}
+    return {
+        "seconds_by": watch.seconds,
+        "core_speed": core_speed,
+        "step_speed": len(train_set) / sum(watch.seconds[name] for name in ("forward", "backward", "step")),
+        "operators": _operators(profiler),
+        "num_workers": workers,
+    }
 
 
 @contextlib.contextmanager
