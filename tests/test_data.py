@@ -61,7 +61,7 @@ def test_file_names_change_neither_split_nor_count(folder):
     (folder / "train/a/._000.png").write_bytes(b"Mac metadata")
     photos = load_photos(folder)
     assert count_lists(photos) == {"train": [3 + len(odd), 4], "test": [2, 2]}
-    assert all(images.read_photo(row).mode == "RGB" for row in photos["train"])
+    assert all(images.open_photo(row).decode().mode == "RGB" for row in photos["train"])
     assert describe(Photos(photos, folder).counts()).splitlines()[1].split() == ["train", "13", "4", "17"]
 
 
@@ -260,3 +260,11 @@ def test_the_showcase_is_the_chapters(folder):
     assert [image.tobytes() for image in last] == [
         images.decode_image(folder / "train/a" / name).tobytes() for name in ("002.png", "001.png")
     ]
+
+
+def test_a_photo_to_be_looked_at_is_small_and_a_jpeg_is_not_decoded_whole(tmp_path):
+    noise = Image.effect_noise((1200, 900), 80).convert("RGB")
+    for kind in ("jpg", "png"):
+        noise.save(tmp_path / f"photo.{kind}")
+        image = images.thumbnail({"image": {"path": str(tmp_path / f"photo.{kind}"), "bytes": None}}, 100)
+        assert image.size == (100, 75)

@@ -21,7 +21,7 @@ from test_hub import target
 from hotdog_hf.classification import ClassificationReport
 from hotdog_hf.config import DataConfig
 from hotdog_hf.data import transforms
-from hotdog_hf.data.images import decode_image, read_photo
+from hotdog_hf.data.images import decode_image, open_photo
 from hotdog_hf.data.splits import Photos, load_photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import gradcam, network, saved
@@ -378,7 +378,7 @@ def trained(tmp_path_factory):
     with torch.no_grad():  # so that its answers differ from photo to photo
         net.get_classifier().weight.mul_(20)
         net.get_classifier().bias.sub_(
-            net(torch.stack([transform(read_photo(row)) for row in rows])).mean(dim=0)
+            net(torch.stack([transform(open_photo(row).decode()) for row in rows])).mean(dim=0)
         )
     saved.save_model(net, root / "run/model")
     (root / "run/config.json").write_text('{"recipe": "chapter", "optim": {"learning_rate": 0.03125}}')

@@ -15,7 +15,7 @@ from hotdog_hf import templates, webpage
 from hotdog_hf.audit import appearance, scores
 from hotdog_hf.audit.runner import Audit, copies, differing, suggestions, with_fault
 from hotdog_hf.data.check import KINDS
-from hotdog_hf.data.images import read_photo
+from hotdog_hf.data.images import thumbnail
 from hotdog_hf.errors import UserError, printable
 from hotdog_hf.files import replacing_folder, writing_to
 
@@ -170,7 +170,7 @@ def _page(audit: Audit, about: dict, command: str) -> str:
 
 def _picture(audit: Audit, index: int, size: int = PICTURE) -> dict:
     return {
-        "photo": webpage.image_uri(read_photo(audit.rows[int(index)]), size),
+        "photo": webpage.image_uri(thumbnail(audit.rows[int(index)], size), size),
         "file": printable(audit.files[index]),
         "label": printable(audit.label_names[audit.labels[index]]),
     }

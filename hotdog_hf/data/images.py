@@ -124,9 +124,11 @@ def open_photo(row: dict, cache: Optional["DecodedCache"] = None) -> Photo:
     return Photo(source_of(row), cache)
 
 
-def read_photo(row: dict) -> Image.Image:
-    """Decode the `image` of a dataset row at its full size."""
-    return open_photo(row).decode()
+def thumbnail(row: dict, size: int) -> Image.Image:
+    """Return the `image` of a dataset row to be looked at, its sides at most `size` pixels."""
+    image = decode_image(source_of(row), min_side=size)
+    image.thumbnail((size, size))
+    return image
 
 
 def decode_image(source: Source, min_side: int | None = None) -> Image.Image:

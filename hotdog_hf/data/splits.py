@@ -19,11 +19,13 @@ from hotdog_hf.data import labels as label_tables
 from hotdog_hf.data.decoded import DecodedCache
 from hotdog_hf.data.folder import SPLIT_FOLDERS
 from hotdog_hf.data.groups import content_groups, hold_back
-from hotdog_hf.data.images import read_photo
+from hotdog_hf.data.images import thumbnail
 from hotdog_hf.errors import UserError
 from hotdog_hf.hub import hub_errors
 
 HUB_DATA_PREFIX = "hf://datasets/"
+# Pixels a side of the sample photos, twice those of their places in the picture.
+SAMPLE_SIDE = 336
 
 
 class StreamedSplit:
@@ -292,7 +294,7 @@ def sample_photos(
     first, last = np.flatnonzero(labels == one)[:count], np.flatnonzero(labels != one)[: -count - 1 : -1]
     others = names[1 - one] if len(names) == 2 else f"not {names[one]}"
     return (
-        [read_photo(rows[int(i)]) for i in first],
-        [read_photo(rows[int(i)]) for i in last],
+        [thumbnail(rows[int(i)], SAMPLE_SIDE) for i in first],
+        [thumbnail(rows[int(i)], SAMPLE_SIDE) for i in last],
         (names[one], others),
     )
