@@ -12,7 +12,7 @@ from conftest import TINY_MODEL
 from test_resume import assert_same_run, newest, numbers_of, train_here
 
 from hotdog_hf.classification import ClassificationReport
-from hotdog_hf.config import RunConfig
+from hotdog_hf.config import RunConfig, parse_train_config
 from hotdog_hf.data import loaders
 from hotdog_hf.data.splits import load_photos
 from hotdog_hf.data.transforms import eval_transform
@@ -20,7 +20,7 @@ from hotdog_hf.errors import UserError
 from hotdog_hf.model import saved
 from hotdog_hf.model.network import data_config_of, label_names_of
 from hotdog_hf.model.source import load_source
-from hotdog_hf.training import engine, launch
+from hotdog_hf.training import engine, launch, records
 
 
 @pytest.fixture
@@ -202,3 +202,19 @@ def test_a_run_evaluated_only_at_the_end_is_the_same_run(tiny_weights, photos_di
         "layer1",
         "layer2",
     }
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "loading", "hint"),
+    [
+        ([], "cuda", 6.0, True),
+        ([], "cuda", 4.0, False),
+        ([], "cpu", 6.0, False),
+        (["--crop-on-device"], "cuda", 6.0, False),
+        (["--augmentation", "none"], "cuda", 6.0, False),
+    ],
+)
+def test_a_gpu_that_waited_for_photos_is_told_of_crops_on_the_device(flags, device, loading, hint):
+    final = {"loading_seconds": loading, "computing_seconds": 5.0}
+    line = records.waiting_hint(final, parse_train_config(flags), device)
+    assert ("--crop-on-device" in line) if hint else line is None

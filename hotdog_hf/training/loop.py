@@ -326,6 +326,8 @@ def finish(job: Job, run_dir: Path, evaluation: Evaluation, calibration: dict | 
             with files.writing_to(run_dir):
                 records.write_metrics(run_dir, [*job.state.progress.rows, final])
     accelerator.print(records.describe_final(final, run_dir, job.hardware))
+    if hint := records.waiting_hint(final, config, accelerator.device.type):
+        accelerator.print(hint)
 
 
 def _seconds_at_the_limit(job: Job) -> float | None:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from hotdog_hf import metrics
+from hotdog_hf.config import TrainConfig
 from hotdog_hf.files import write_text
 from hotdog_hf.metrics import MAX_TABLE_CLASSES
 from hotdog_hf.model import calibration
@@ -126,6 +127,18 @@ def describe_final(final: dict, run_dir: Path, hardware: str) -> str:
         f"{final['evaluating_seconds']:.0f} evaluating{limit}\n"
         f"model: {run_dir}/model   numbers: {run_dir}/metrics.jsonl"
         f"   pictures: {run_dir}/curves.png, {run_dir}/samples.png"
+    )
+
+
+def waiting_hint(final: dict, config: TrainConfig, device_type: str) -> str | None:
+    """Return what to do about a GPU that waited for photos for most of the training; None if it did not."""
+    on_crops = config.data.augmentation == "crop" and not config.data.streaming
+    waited = final["loading_seconds"] > final["computing_seconds"]
+    if device_type == "cpu" or not on_crops or config.data.crop_on_device or not waited:
+        return None
+    return (
+        "the GPU waited for photos most of the time: --crop-on-device keeps the decoded photos in its memory"
+        " and cuts the crops there"
     )
 
 
