@@ -13,7 +13,7 @@ from test_scripts import metrics_of
 from hotdog_hf.config import DataConfig, ModelConfig, TrainConfig
 from hotdog_hf.data import stream, transforms
 from hotdog_hf.data.prepare import _read
-from hotdog_hf.data.splits import Photos, StreamedSplit, load_photos
+from hotdog_hf.data.splits import Photos, StreamedSplit, load_photos, select_image_and_label
 from hotdog_hf.errors import UserError
 
 CONFIG = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -62,6 +62,17 @@ def batches_of(split, world_size, batch_size=8, epoch=1, first_step=0, seed=0):
     for thread in threads:
         thread.join()
     return found
+
+
+@pytest.mark.parametrize("renamed", [{}, {"image": "photo", "label": "class"}])
+def test_a_stream_decodes_no_photo_before_it_is_needed(shards, renamed, monkeypatch):
+    """`datasets` would decode each, and encode it again as PNG: reading took 500 times as long."""
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
+    rows = datasets.load_dataset(str(shards), split="train", streaming=True)
+    if renamed:
+        rows = rows.cast_column("image", datasets.Image(decode=False)).rename_columns(renamed)
+        rows = rows.cast_column("photo", datasets.Image())
+    assert len(list(select_image_and_label("photos", rows))) == 25
 
 
 @pytest.mark.parametrize(

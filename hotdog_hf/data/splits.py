@@ -243,11 +243,12 @@ def select_image_and_label(
     if len(images) != 1 or len(labels) != 1:
         columns = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in rows.features.items())
         raise UserError(f"{repo} must have one Image and one ClassLabel column, but has {columns}")
+    # First, as a stream would decode every photo to rename a column, and encode it again.
+    rows = rows.cast_column(images[0], datasets.Image(decode=False))
     names = {images[0]: "image", labels[0]: "label"}
-    rows = rows.select_columns(list(names))
     # A stream's columns cannot be renamed to their own names.
-    rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
-    return rows.cast_column("image", datasets.Image(decode=False))
+    renamed = {old: new for old, new in names.items() if old != new}
+    return rows.select_columns(list(names)).rename_columns(renamed)
 
 
 def describe(counts: dict[str, dict[str, int]]) -> str:
