@@ -82,7 +82,7 @@ class Board:
         return float(head.mean() * tried.losses.mean() / max(head[tried.rows].mean(), 1e-12))
 
     def error(self, tried: Tried) -> float:
-        """Return the standard error of the log-loss; of a fine-tuning, of the difference to the chosen head."""
+        """Return the standard error of the log-loss, or of a fine-tuning's difference to the chosen head."""
         losses = self.differences(tried) if tried.trained else tried.losses
         return float(losses.std(ddof=min(1, len(losses) - 1)) / math.sqrt(len(losses)))
 
