@@ -2,14 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-# A fitted head other than the usual one must be better by so many standard errors of the difference: the
-# lowest of several log-losses on few photos is the lowest by chance.
-CLEARLY = 2.0
 
 
 class Candidate(NamedTuple):
@@ -29,8 +24,6 @@ class Tried:
     rows: np.ndarray
     losses: np.ndarray
     correct: np.ndarray
-    # A head to choose unless another is clearly better; of several, the one that was tried last.
-    usual: bool = False
     trained: bool = False
     given_up: bool = False
 
@@ -47,8 +40,6 @@ class Board:
         candidate: Candidate,
         log_probabilities: np.ndarray,
         rows: np.ndarray | None = None,
-        *,
-        usual: bool = False,
         given_up: bool = False,
     ) -> Tried:
         """Record a candidate by its log-probabilities [n, classes] of held-back photos.
@@ -59,7 +50,7 @@ class Board:
         rows = rows if trained else np.arange(len(self.labels))
         losses = self.losses(log_probabilities, rows)
         correct = log_probabilities.argmax(axis=1) == self.labels[rows]
-        self.tried.append(Tried(candidate, rows, losses, correct, usual, trained, given_up))
+        self.tried.append(Tried(candidate, rows, losses, correct, trained, given_up))
         return self.tried[-1]
 
     def losses(self, log_probabilities: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -69,41 +60,38 @@ class Board:
         return losses if self.weights is None else losses * self.weights[labels]
 
     def reference(self) -> Tried:
-        """Return the fitted head to choose; heads were tested on all photos."""
-        return choose_head([each for each in self.tried if not each.trained])
+        """Return the best of the fitted heads, which were tested on all photos."""
+        return min((each for each in self.tried if not each.trained), key=lambda each: each.losses.mean())
 
     def differences(self, tried: Tried) -> np.ndarray:
-        """Return by how much the log-losses [n] are above those of the chosen head on the same photos."""
+        """Return by how much the log-losses [n] are above those that the best head has on the same photos."""
         return tried.losses - self.reference().losses[tried.rows]
 
     def score(self, tried: Tried) -> float:
-        """Return the estimated log-loss on all photos: the chosen head's, times the ratio on those tested."""
-        head = self.reference().losses
-        return float(head.mean() * tried.losses.mean() / max(head[tried.rows].mean(), 1e-12))
+        """Return the estimated log-loss on all photos: the best head's, times the ratio on those tested."""
+        best = self.reference().losses
+        return float(best.mean() * tried.losses.mean() / max(best[tried.rows].mean(), 1e-12))
 
     def error(self, tried: Tried) -> float:
-        """Return the standard error of the log-loss, or of a fine-tuning's difference to the chosen head."""
+        """Return the standard error of the log-loss; of a fine-tuning, of the difference to the best head."""
         losses = self.differences(tried) if tried.trained else tried.losses
         return float(losses.std(ddof=min(1, len(losses) - 1)) / math.sqrt(len(losses)))
 
     def best(self) -> tuple[Tried, str]:
         """Return the candidate to choose, and why.
 
-        A fine-tuning must be better than the chosen head by more than the standard error of the difference,
-        as it is tested on fewer photos.
+        A fine-tuning must be better than the best head by more than the standard error of the difference, as
+        it is tested on fewer photos.
         """
         trained = [each for each in self.tried if each.trained and not each.given_up]
         better = [each for each in trained if -self.differences(each).mean() > self.error(each)]
         if better:
             best = min(better, key=self.score)
-            why = "is lower than that of the fitted head by more than a standard error"
+            why = "is lower than that of the best fitted head by more than a standard error"
         else:
             best = self.reference()
-            by = f"by more than {CLEARLY:g} standard errors"
-            why = f"is that of the usual head, and no other head's is lower {by}"
-            if not best.usual:
-                why = f"is the lowest of the heads that are better than the usual one {by}"
-            why += ", and no fine-tuning's is lower by more than one" if trained else ""
+            why = "is the lowest of the fitted heads"
+            why += ", and no fine-tuning's is lower by more than a standard error" if trained else ""
         return best, f"its log-loss, {self.row(best)['log_loss']:.3f}, {why}"
 
     def rows(self) -> list[dict]:
@@ -138,18 +126,6 @@ class Board:
         """Return all candidates, the lowest log-loss first."""
         head = f"{'tried on parts of train':<64} {'log-loss':>9}        {'accuracy':>8}"
         return "\n".join([head, *(self.describe(each) for each in sorted(self.tried, key=self.score))])
-
-
-def choose_head(heads: Sequence[Tried]) -> Tried:
-    """Return the last of the usual heads, or the best of those that are clearly better than it."""
-    usual = [each for each in heads if each.usual][-1]
-
-    def is_better(head: Tried) -> bool:
-        gain = usual.losses - head.losses
-        return gain.mean() > CLEARLY * gain.std() / math.sqrt(len(gain))
-
-    better = [each for each in heads if is_better(each)]
-    return min(better or [usual], key=lambda each: each.losses.mean())
 
 
 @dataclasses.dataclass

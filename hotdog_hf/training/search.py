@@ -6,7 +6,6 @@ import io
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import scipy.special
@@ -20,7 +19,7 @@ from hotdog_hf.model import heads
 from hotdog_hf.model.regression import Layer, cross_validate
 from hotdog_hf.model.source import load_source, source_data_config
 from hotdog_hf.training import engine, launch, sharding
-from hotdog_hf.training.candidates import Board, Candidate, Costs, Tried, choose_head
+from hotdog_hf.training.candidates import Board, Candidate, Costs, Tried
 from hotdog_hf.training.features import FeatureExtractor
 from hotdog_hf.training.job import Job, build, keep_decoded
 
@@ -60,17 +59,6 @@ def settle(config: TrainConfig, recipe: str, knobs: dict) -> TrainConfig:
     return override(RECIPES[recipe], **given | knobs)
 
 
-class Start(NamedTuple):
-    """A geometry that training may start from: its head, and a layer per fold that learned nothing of it."""
-
-    tried: Tried
-    layers: list[Layer]
-    # What computes its features, the prior of its heads, and the features [N, D] of train.
-    extractor: FeatureExtractor
-    prior_of: Callable
-    features: np.ndarray
-
-
 class Search:
     """Tries candidates on the photos of train, the cheap ones first."""
 
@@ -85,7 +73,10 @@ class Search:
         self.config, self.accelerator, self.photos, self.stop = config, accelerator, photos, stop
         minutes = config.run.minutes
         self.end = math.inf if minutes is None else started + 60 * minutes
-        self.starts: list[Start] = []
+        # Each geometry's head, and its layers, one that learned nothing of each fold.
+        self.starts: list[tuple[Tried, list[Layer]]] = []
+        # The best geometry: what computes its features, the prior of its heads, its features, and its knobs.
+        self.best_source: tuple[FeatureExtractor, Callable, np.ndarray, dict] | None = None
         # The heads that learned from crops, by the way to crop.
         self.cropped: dict[str, Tried] = {}
         train, workers = photos.splits["train"], config.data.num_workers
@@ -176,7 +167,7 @@ class Search:
     def trial_seconds(self, recipe: str) -> float:
         """Return the seconds of the shortest trial of a recipe and of its shortest final run."""
         epochs = self.trial_size(FEWEST_TRIAL_EPOCHS[recipe]) + FEWEST_EPOCHS[recipe]
-        final = self.finish_seconds(self.best_start().tried.candidate)
+        final = self.finish_seconds(self.source_probe(self.best_source[3]))
         return self.costs.training(recipe, epochs) + final
 
     def larger(self) -> int | None:
@@ -187,16 +178,8 @@ class Search:
         """Return a source-probe with these knobs."""
         return Candidate(f"source-probe{name}", "source-probe", knobs)
 
-    def best_start(self) -> "Start":
-        """Return the geometry whose head is to be chosen, before any learned from crops."""
-        chosen = choose_head([start.tried for start in self.starts])
-        return next(start for start in self.starts if start.tried is chosen)
-
     def try_heads(self) -> None:
-        """Try heads fitted to cached features, in up to three geometries, by cross-validation.
-
-        The usual geometry keeps the aspect, at the larger size if there is one.
-        """
+        """Try heads fitted to cached features, in up to three geometries, by cross-validation."""
         geometries = [{"preprocessing": "model"}, {"preprocessing": "chapter"}]
         if larger := self.larger():
             geometries.append({"preprocessing": "model", "image_size": larger})
@@ -216,11 +199,11 @@ class Search:
                 cross_validate, features, self.labels, prior_of, self.folds, (), self.weights
             )
             outputs, layers = launch.run_on_main(self.accelerator, fit)
-            candidate = self.source_probe(knobs, f", {self.geometry_name(knobs)}")
-            squashed = knobs["preprocessing"] == "chapter"
-            tried = self.add(candidate, outputs, usual=not squashed)
-            self.starts.append(Start(tried, layers, extractor, prior_of, features))
-            if squashed:
+            tried = self.add(self.source_probe(knobs, f", {self.geometry_name(knobs)}"), outputs)
+            self.starts.append((tried, layers))
+            if tried is self.board.reference():
+                self.best_source = extractor, prior_of, features, knobs
+            if knobs["preprocessing"] == "chapter":
                 fit = functools.partial(self.cross_validate_probe, features)
                 probe = Candidate(f"probe, {self.geometry_name(knobs)}", "probe", {})
                 self.add(probe, launch.run_on_main(self.accelerator, fit))
@@ -252,8 +235,7 @@ class Search:
 
     def try_crops(self) -> None:
         """Try the best geometry with random crops to learn from, which also tell how to crop in training."""
-        start = self.best_start()
-        geometry, usual_crop = start.tried.candidate.knobs, next(iter(CROPS))
+        extractor, prior_of, features, geometry = self.best_source
         size = geometry.get("image_size", self.size)
         for name, crop in CROPS.items():
             # Learned now and once more if chosen, unless that leaves no time for a training that would fit.
@@ -262,39 +244,39 @@ class Search:
             if cost > (spare if spare > 0 else self.left()):
                 return
             area, flip = crop["min_crop_area"], crop["flip"]
-            views = start.extractor.crops("train", VIEWS, area, self.config.run.seed, flip)
+            views = extractor.crops("train", VIEWS, area, self.config.run.seed, flip)
             views = [view.features.numpy() for view in views]
             fit = functools.partial(
-                cross_validate, start.features, self.labels, start.prior_of, self.folds, views, self.weights
+                cross_validate, features, self.labels, prior_of, self.folds, views, self.weights
             )
             knobs = geometry | crop
             knobs |= {"augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
             outputs, _ = launch.run_on_main(self.accelerator, fit)
-            candidate = self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}")
-            self.cropped[name] = self.add(candidate, outputs, usual=name == usual_crop)
+            tried = self.add(self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}"), outputs)
+            self.cropped[name] = tried
 
     def try_training(self) -> None:
         """Try fine-tuning on all folds but one, tested on that one."""
         crop = self.training_crop()
-        best_start = self.best_start()
-        own_size = [start for start in self.starts if "image_size" not in start.tried.candidate.knobs]
-        own_start = min(own_size, key=lambda start: start.tried.losses.mean())
-        full = {**own_start.tried.candidate.knobs, **crop}
-        self.try_way(Candidate("full fine-tuning", "full", full), own_start.layers)
+        self.starts.sort(key=lambda pair: pair[0].losses.mean())
+        best_start = self.starts[0]
+        own_start = next(pair for pair in self.starts if "image_size" not in pair[0].candidate.knobs)
+        full = {**own_start[0].candidate.knobs, **crop}
+        self.try_way(Candidate("full fine-tuning", "full", full), own_start[1])
         if self.config.run.minutes is not None:
             other = next(each for each in CROPS.values() if each != crop)
-            self.try_way(Candidate("full fine-tuning, other crops", "full", full | other), own_start.layers)
-        head, best = (self.board.score(each) for each in (self.board.reference(), self.board.best()[0]))
-        if best < MUCH_BETTER * head:
+            self.try_way(Candidate("full fine-tuning, other crops", "full", full | other), own_start[1])
+        heads_best, best = (self.board.score(each) for each in (self.board.reference(), self.board.best()[0]))
+        if best < MUCH_BETTER * heads_best:
             return
         # On crops of the model's own size: things in random crops are larger than in the whole photo, so that
         # the larger size of evaluation suits it (Touvron et al. 2019, arXiv 1906.06423).
-        geometry = best_start.tried.candidate.knobs
+        geometry = best_start[0].candidate.knobs
         light = {**geometry, **crop}
         if "image_size" in geometry:
             light["train_image_size"] = self.size
         name = f"light fine-tuning, {self.geometry_name(geometry)}"
-        self.try_way(Candidate(name, "light", light), best_start.layers)
+        self.try_way(Candidate(name, "light", light), best_start[1])
 
     def training_crop(self) -> dict:
         """Return how to crop in training: the gentler way if it is better by more than a standard error."""
@@ -318,7 +300,7 @@ class Search:
             if given_up:
                 break
         rows = np.concatenate([held_back for _, held_back in self.trial_folds[: len(parts)]])
-        self.add(way, np.concatenate(parts), rows, given_up=given_up)
+        self.add(way, np.concatenate(parts), rows, given_up)
 
     def train_part(
         self, way: Candidate, layer: Layer, fold: tuple[np.ndarray, np.ndarray], epochs: int
@@ -381,9 +363,9 @@ class Search:
         candidate: Candidate,
         log_probabilities: np.ndarray,
         rows: np.ndarray | None = None,
-        **facts: bool,
+        given_up: bool = False,
     ) -> Tried:
         """Record a candidate as `Board.add` does, and print its line of the table."""
-        tried = self.board.add(candidate, log_probabilities, rows, **facts)
+        tried = self.board.add(candidate, log_probabilities, rows, given_up)
         self.accelerator.print(self.board.describe(tried))
         return tried
