@@ -1,5 +1,6 @@
 """Photos decoded into the memory of the device, where the random crops of a batch are cut together."""
 
+import collections
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ class DevicePhotoDataset(PhotoDataset):
         seed: int,
         cache: DecodedCache | None,
         device: torch.device,
-        progress: bool | None = None,
+        no_bar: bool | None = None,
     ):
         super().__init__(rows, transform, seed, cache)
         if transform.interpolation not in FILTERS:
@@ -68,15 +69,14 @@ class DevicePhotoDataset(PhotoDataset):
         self.canvas = max(height for _, height in decoded), max(width for width, _ in decoded)
         self.pixels = torch.empty(3, starts[-1], dtype=torch.uint8, device=device)
 
-        def decode(index: int) -> Image.Image:
-            return open_photo(rows[index], cache).decode(self.reductions[index])
+        def decode(index: int) -> None:
+            image = open_photo(rows[index], cache).decode(self.reductions[index])
+            planes = np.asarray(image).reshape(-1, 3).T.copy()
+            self.pixels[:, starts[index] : starts[index + 1]].copy_(torch.from_numpy(planes))
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            images = pool.map(decode, range(len(rows)))
-            bar = tqdm(images, "decoding", len(rows), unit="img", leave=False, disable=progress)
-            for image, start, count in zip(bar, starts, counts, strict=False):
-                planes = torch.from_numpy(np.array(image)).view(count, 3).T
-                self.pixels[:, start : start + count].copy_(planes)
+            done = pool.map(decode, range(len(rows)))
+            collections.deque(tqdm(done, "decoding", len(rows), unit="img", leave=False, disable=no_bar), 0)
 
     def __getstate__(self) -> dict:
         """Leave the pixels out of what a loader process is sent: it only draws."""
