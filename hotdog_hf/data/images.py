@@ -59,12 +59,13 @@ class Photo:
     height. Pixels in the `cache` are not decoded again. Raises `UnreadableImageError` naming the file.
     """
 
-    def __init__(self, source: Source, cache: Optional["DecodedCache"] = None):
+    def __init__(self, source: Source, cache: Optional["DecodedCache"] = None, name: str | None = None):
+        """`name` is what errors call bytes and images; a file has its path."""
         # Takes the reduction and a function that decodes.
         self._cached: Callable[[int, Callable[[], Image.Image]], Image.Image] = lambda _, decode: decode()
         if cache and not isinstance(source, Image.Image):
             self._cached = functools.partial(cache.get, source)
-        self.name = source if isinstance(source, (str, os.PathLike)) else "image"
+        self.name = source if isinstance(source, (str, os.PathLike)) else name or "image"
         # A JPEG waits for `decode`. The others decode only whole, and some end with their EXIF block.
         self._jpeg = self._decoded = None
         with _naming_errors(self.name):
@@ -121,7 +122,7 @@ def source_of(row: dict) -> Source:
 
 def open_photo(row: dict, cache: Optional["DecodedCache"] = None) -> Photo:
     """Open the `image` of a dataset row."""
-    return Photo(source_of(row), cache)
+    return Photo(source_of(row), cache, row["image"]["path"])
 
 
 def thumbnail(row: dict, size: int) -> Image.Image:
