@@ -88,7 +88,11 @@ def main(config: BenchmarkConfig) -> None:
     from hotdog_hf import files
     from hotdog_hf.bench import page, runner
     from hotdog_hf.bench.setup import prepare
+    from hotdog_hf.data.folder import check_data_dir
+    from hotdog_hf.model.places import check_weights
 
+    check_data_dir(config.data_dir)
+    check_weights(config.weights)
     folder, root = Path(config.output_dir), Path(os.path.relpath(Path(__file__).parent.parent))
     knobs = dataclasses.asdict(config)
     sections, repeats, _ = (knobs.pop(name) for name in ("only", "repeats", "output_dir"))
@@ -98,7 +102,8 @@ def main(config: BenchmarkConfig) -> None:
         scratch = tempfile.TemporaryDirectory(prefix="work-", dir=folder, ignore_cleanup_errors=True)
     with scratch as work:
         print("preparing photos, weights and a saved model", flush=True)
-        setup, machine = prepare(Path(work), root, **knobs)
+        exported = not {"prediction", "startup"}.isdisjoint(sections)
+        setup, machine = prepare(Path(work), root, exported=exported, **knobs)
         results = runner.Results(folder / "results.json", runner.facts_of(setup, machine, knobs), sections)
         failed, stopped = runner.measure_all(setup, results, sections, repeats, load)
     print(page.write_report(folder, results.content))

@@ -8,6 +8,7 @@ where it has an environment of its own, and a test that tells the interpreter so
 
 import atexit
 import functools
+import gc
 import json
 import os
 import runpy
@@ -200,4 +201,5 @@ def _popen(args: Sequence[str], **options: object) -> subprocess.Popen | _Forked
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         __import__(name)
+    gc.freeze()  # no fork has to look through the imports for garbage
     _serve()

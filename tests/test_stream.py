@@ -114,7 +114,9 @@ def test_a_shard_that_breaks_while_it_is_read_ends_the_run_with_one_line(shards,
     path.write_bytes(content[:600] + bytes(2000) + content[2600:])  # in a photo: the rest is whole
     done = train(tmp_path / "shards", tmp_path / "run", "--streaming", "--epochs", 1)
     assert done.returncode == 2 and "epoch 1, after" in done.stderr, done.stderr
-    assert re.search(r"cannot read \d+\.png as an image: .* Last good checkpoint: .*step-00000000", done.stderr)
+    assert re.search(
+        r"cannot read \d+\.png as an image: .* Last good checkpoint: .*step-00000000", done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 

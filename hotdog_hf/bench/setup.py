@@ -119,11 +119,12 @@ def prepare(
     epochs: int,
     recipes: tuple[str, ...],
     num_threads: int | None,
+    exported: bool = True,
 ) -> tuple[Setup, dict]:
     """Create everything that the measurements need in `work`; return it, and the machine's description.
 
-    `photos` is the maximum per class and split, `enlarge` the longer side that they get. Raises `UserError`
-    if the data or the network is missing.
+    `photos` is the maximum per class and split, `enlarge` the longer side that they get; ONNX files are made
+    if `exported`. Raises `UserError` if the data or the network is missing.
     """
     if data_dir.startswith("hf://"):
         raise UserError("the benchmark compares with loops that read folders: give a folder as --data-dir")
@@ -139,6 +140,7 @@ def prepare(
         image_size=image_size,
         out=str(work),
         num_threads=num_threads,
+        exported=exported,
     )
     try:
         found = task_result(run_process(words, folder, env={"HF_HUB_OFFLINE": hub_offline}))
@@ -162,7 +164,7 @@ def prepare(
         weights=work / "source.safetensors",
         image_size=found["image_size"],
         saved_model=work / "model",
-        onnx=None if found["not_exported"] else work / "model.onnx",
+        onnx=work / "model.onnx" if exported and not found["not_exported"] else None,
         smaller={precision: Path(file) for precision, file in found["smaller"].items()},
         batch_size=batch_size,
         epochs=epochs,

@@ -40,9 +40,16 @@ TOP_OPERATORS = 10
 
 
 def prepare(
-    *, data_dir: str, name: str, weights: str, image_size: int | None, out: str, num_threads: int | None
+    *,
+    data_dir: str,
+    name: str,
+    weights: str,
+    image_size: int | None,
+    out: str,
+    num_threads: int | None,
+    exported: bool,
 ) -> dict:
-    """Fetch or draw the photos and check them; write the source's weights, a saved model and its ONNX files.
+    """Fetch or draw the photos and check them; write the source's weights, a saved model, maybe its ONNX files.
 
     Returns the photos by split and class, and facts about the machine.
     """
@@ -55,12 +62,13 @@ def prepare(
     safetensors.torch.save_file(tensors, folder / "source.safetensors")
     data_config = source_data_config(source, "chapter", image_size)
     saved.save_model(replace_head(source, label_names, data_config), folder / "model")
-    not_exported = None
-    try:
-        export.export_onnx(folder / "model", folder / "model.onnx")
-    except UserError as error:
-        not_exported = str(error)
-    smaller = {} if not_exported else _export_smaller(folder, data_dir)
+    not_exported, smaller = None, {}
+    if exported:
+        try:
+            export.export_onnx(folder / "model", folder / "model.onnx")
+            smaller = _export_smaller(folder, data_dir)
+        except UserError as error:
+            not_exported = str(error)
     return {
         "files": {
             split: {

@@ -7,10 +7,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 if TYPE_CHECKING:
     from matplotlib import pyplot as plt
+
+# Pixels a side of an image among the samples, and the white around it.
+CELL, MARGIN = 160, ((4, 4), (4, 4), (0, 0))
 
 
 def _pyplot() -> ModuleType:
@@ -59,12 +62,13 @@ def plot_samples(
 ) -> None:
     """Draw two rows of images, each image in its own aspect ratio, the rows named by `titles`."""
     plt, columns = _pyplot(), max(len(first), len(last))
-    figure, axes = plt.subplots(2, columns, figsize=(1.4 * columns, 3.4), squeeze=False, layout="constrained")
+    # One picture per row: axes for each image would take longer than all else.
+    figure, axes = plt.subplots(2, figsize=(1.4 * columns, 3.4), layout="constrained")
     for row, images, title in zip(axes, (first, last), titles, strict=True):
-        for cell, image in zip(row, images, strict=False):
-            cell.imshow(np.asarray(image))
-        for cell in row:
-            cell.axis("off")
-        row[0].set_title(title, loc="left", fontsize=10)
+        cells = [ImageOps.pad(image, (CELL, CELL), color="white") for image in images]
+        row.imshow(np.concatenate([np.pad(cell, MARGIN, constant_values=255) for cell in cells], axis=1))
+        row.set_xlim(0, columns * (CELL + 2 * MARGIN[1][0]))
+        row.axis("off")
+        row.set_title(title, loc="left", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
