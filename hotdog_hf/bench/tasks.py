@@ -49,7 +49,7 @@ def prepare(
     num_threads: int | None,
     exported: bool,
 ) -> dict:
-    """Fetch or draw the photos and check them; write the source's weights, a saved model, maybe its ONNX files.
+    """Fetch or draw the photos and check them; write source, saved model and perhaps ONNX files.
 
     Returns the photos by split and class, and facts about the machine.
     """
