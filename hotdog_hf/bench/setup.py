@@ -151,8 +151,6 @@ def prepare(
         for split, classes in found["files"].items()
     }
     link_photos(enlarge_photos(files, work / "enlarged", enlarge) if enlarge else files, work / "photos")
-    cores = allowed_cores()
-    gpus = len(found["gpus"])
     setup = Setup(
         root=root,
         work=work,
@@ -170,23 +168,23 @@ def prepare(
         epochs=epochs,
         recipes=recipes,
         threads=num_threads or found["threads"],
-        workers=min(cores, 8),
-        gpus=gpus,
+        workers=min(allowed_cores(), 8),
+        gpus=len(found["gpus"]),
         bf16=found["bf16"],
     )
-    machine = {
+    found = {name: found[name] for name in ("gpus", "not_exported")}
+    return setup, _describe_machine() | {"threads": setup.threads, "bf16": setup.bf16} | found
+
+
+def _describe_machine() -> dict:
+    return {
         "cpu": _cpu_name(),
-        "cores": cores,
+        "cores": allowed_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "gpus": found["gpus"],
-        "threads": setup.threads,
-        "bf16": setup.bf16,
-        "not_exported": found["not_exported"],
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in VERSIONS},
     }
-    return setup, machine
 
 
 def link_photos(files: dict[str, dict[str, list[str]]], target: Path, copies: int = 1) -> Path:
