@@ -12,6 +12,7 @@ from conftest import ROOT, run
 from loopback_hub import LoopbackHub
 from test_deploy import smooth
 from test_hub import target
+from test_reject import foreign, keep_for
 from test_web import ORT_DIR, results_of, serving
 
 from hotdog_hf.deploy import static_page
@@ -29,8 +30,19 @@ def server():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    """A saved model that has kept 40 smooth photos."""
     torch.manual_seed(0)
-    return saved.save_model(target(), tmp_path_factory.mktemp("saved") / "model", license="mit")
+    folder = saved.save_model(target(), tmp_path_factory.mktemp("saved") / "model", license="mit")
+    return keep_for(folder, [smooth(64, 64, seed) for seed in range(40)])
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A photo like those that the model has kept, and one that is not."""
+    files = [tmp_path / "photo.png", tmp_path / "unlike.png"]
+    smooth(90, 60).save(files[0])
+    foreign().save(files[1])
+    return files
 
 
 def push(server, model, tmp_path, name, *flags):
@@ -62,7 +74,7 @@ def open_page(chromium):
         browser.close()
 
 
-def test_a_static_space_runs_in_the_visitors_browser(server, model, tmp_path, open_page):
+def test_a_static_space_runs_in_the_visitors_browser(server, model, photos, tmp_path, open_page):
     if not all((ORT_DIR / file).is_file() for file in static_page.DIGESTS):
         pytest.skip("needs ONNX Runtime Web, which `make web` downloads once")
     done = push(server, model, tmp_path, "tester/page", "--space", "static")
@@ -73,16 +85,16 @@ def test_a_static_space_runs_in_the_visitors_browser(server, model, tmp_path, op
     names = {path.name for path in (tmp_path / "space").iterdir()}
     assert names == {*static_page.FILES, "README.md", ".gitattributes"}
 
-    smooth(90, 60).save(tmp_path / "photo.png")
     with serving(tmp_path / "space") as address:
         page = open_page(address)
         page.get_by_text("Ready.").wait_for()
-        page.set_input_files("#files", tmp_path / "photo.png")
-        found = results_of(page, 1)["photo.png"][1]
-    assert found == pytest.approx(load_predictor(model)(tmp_path / "photo.png"), abs=0.01)
+        page.set_input_files("#files", photos)
+        found = results_of(page, 2)
+    assert found["photo.png"][1] == pytest.approx(load_predictor(model)(photos[0]), abs=0.01)
+    assert "Unknown" not in found["photo.png"][0] and found["unlike.png"][0].startswith("Unknown: ")
 
 
-def test_a_gradio_space_starts_from_what_the_hub_holds_without_torch(server, model, tmp_path):
+def test_a_gradio_space_starts_from_what_the_hub_holds_without_torch(server, model, photos, tmp_path):
     done = push(server, model, tmp_path, "tester/app", "--space", "gradio", "--private")
     assert done.returncode == 0, done.stderr
     card = download(server, "tester/app", tmp_path / "space")
@@ -99,17 +111,17 @@ def test_a_gradio_space_starts_from_what_the_hub_holds_without_torch(server, mod
     program = (
         "import sys; sys.path.insert(0, '.');"
         "from hotdog_hf.deploy import app; from hotdog_hf.model.predictor import load_predictor;"
-        "print(app.answer(load_predictor('model.onnx'), '../photo.png').sentence);"
+        "model = load_predictor('model.onnx');"
+        "print(*(app.answer(model, f'../{name}.png').sentence for name in ('photo', 'unlike')), sep='\\n');"
         "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('hotdog_hf')))"
     )
-    smooth(90, 60).save(tmp_path / "photo.png")
     command = [sys.executable, "-c", program]
     done = subprocess.run(
         command, cwd=tmp_path / "space", env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    sentence, files = done.stdout.splitlines()
-    assert re.search(r"hotdog \(\d+%\)$", sentence)
+    known, unknown, files = done.stdout.splitlines()
+    assert re.search(r"hotdog \(\d+%\)$", known) and unknown.startswith("Unknown: ")
     assert all(file.startswith(str(tmp_path / "space")) for file in files.split())
 
 
