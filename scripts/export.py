@@ -35,7 +35,8 @@ class ExportConfig:
     # float32 (no); fp16: weights of half the size, computation in float32; int8: weights and activations in
     # 8-bit integers, which needs --data-dir.
     precision: Literal["no", "fp16", "int8"] = "no"
-    # Photos for int8: train to calibrate, validation (or a fifth of train) to measure the loss of accuracy.
+    # Photos for int8: train to calibrate, validation (or a fifth of train) to measure the loss of accuracy,
+    # and the limit of unknown photos.
     data_dir: str | None = None
     # Percentage points of validation accuracy that int8 may lose; beyond that nothing is written.
     max_drop: float = 0.5

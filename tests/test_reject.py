@@ -1,8 +1,10 @@
 """Photos unlike those a model was trained on: what is kept to tell them, and who says unknown."""
 
 import csv
+import functools
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from test_resume import train_here
 
 from hotdog_hf.data.images import Photo, normalize, resize_and_crop
 from hotdog_hf.data.splits import load_photos
+from hotdog_hf.deploy import quantize
 from hotdog_hf.deploy.export import export_onnx
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import neighbors, network, saved
@@ -250,6 +253,27 @@ def test_the_onnx_file_measures_the_same_distances(model, photos, tmp_path, opti
     limit = float(session.get_modelmeta().custom_metadata_map["distance_limit"])
     assert limit == pytest.approx(theirs.distance_limit(), abs=1e-6)
     onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"), full_check=True)
+
+
+def test_an_int8_file_keeps_the_promised_share_too(model, tmp_path, monkeypatch):
+    for seed in range(42):  # calibrated on the photos that the model has kept
+        split, label = "train" if seed < 40 else "test", ("hotdog", "not-hotdog")[seed % 2]
+        (tmp_path / split / label).mkdir(parents=True, exist_ok=True)
+        smooth(64, 64, seed).save(tmp_path / split / label / f"{seed}.png")
+    # So few layers hardly differ in int8, unless it cuts off 5 % of the activations.
+    coarse = quantize.CANDIDATES["per channel without outliers"] | {"extra_options": {"CalibPercentile": 95}}
+    monkeypatch.setattr(quantize, "CANDIDATES", {"coarse": coarse})
+    options = {"precision": "int8", "data_dir": tmp_path, "max_drop": 100}
+    shrink = functools.partial(quantize.shrink, **options)
+    export_onnx(model, tmp_path / "model.onnx", shrink=shrink, tolerance=math.inf)
+
+    exported, whole = load_predictor(tmp_path / "model.onnx"), load_predictor(model)
+    images = np.stack([whole.prepare(smooth(64, 64, seed)) for seed in range(100, 200)])
+    found, distances = exported.with_distances(images)[1], whole.with_distances(images)[1]
+    assert 0.9 < (distances <= whole.distance_limit()).mean() < 1
+    assert (found <= whole.distance_limit()).mean() < 0.6
+    assert 0.9 < (found <= exported.distance_limit()).mean() < 1
+    assert exported(foreign(), reject=True) is None
 
 
 def test_a_distance_that_comes_out_different_is_not_written(model, tmp_path, monkeypatch):

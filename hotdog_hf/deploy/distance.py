@@ -8,7 +8,7 @@ import onnx.compose
 import onnx.parser
 
 from hotdog_hf.errors import UserError
-from hotdog_hf.model.neighbors import NEIGHBORS, Neighbors, usual_limit
+from hotdog_hf.model.neighbors import NEIGHBORS, Neighbors, distances, unit_roots, usual_limit
 
 # The first version of the operators that takes how many neighbours are the nearest as an input.
 DISTANCE_OPSET = 10
@@ -56,6 +56,20 @@ def add_distance(network: onnx.ModelProto, kept: Neighbors) -> onnx.ModelProto:
         io_map=[("features", "features")],
         producer_name="hotdog_hf",
     )
+
+
+def refit_distances(kept: Neighbors, features: np.ndarray, rounded: np.ndarray) -> Neighbors:
+    """Return neighbours whose held-out distances are those of a network that rounds its features.
+
+    `features` and `rounded` [N, D] are what the network and the one that rounds give for the same photos.
+    """
+    # Rounding turns a photo's features a little, which lowers its similarities to all others by about the
+    # same share. The mean share that is left is applied to the held-out similarities. A limit from the
+    # distances of these photos alone would depend on fewer of them, often training photos, which are near to
+    # themselves; the share is about the same for those.
+    before, after = (1 - distances(unit_roots(rows), kept.features) for rows in (features, rounded))
+    share = after.sum() / before.sum()
+    return kept._replace(held_out_distances=1 - share * (1 - kept.held_out_distances))
 
 
 def describe_distances(kept: Neighbors) -> dict[str, str]:

@@ -22,8 +22,9 @@ from hotdog_hf.model.predictor import NEEDS_ONNX, load_predictor
 if TYPE_CHECKING:
     import onnx
 
-    # Makes a network smaller: (network, label_names, data_config) -> network.
-    Shrink = Callable[[onnx.ModelProto, list[str], dict], onnx.ModelProto]
+    # Makes a network smaller: (network, label_names, data_config, its neighbours) -> (network, neighbours).
+    Kept = neighbors.Neighbors | None
+    Shrink = Callable[[onnx.ModelProto, list[str], dict, Kept], tuple[onnx.ModelProto, Kept]]
 
 # The first version of the operators that can resize a photo.
 DEFAULT_OPSET = 18
@@ -67,7 +68,7 @@ def export_onnx(
     _fix_padding(outputs, samples[:1])
     exported = _to_onnx(outputs, samples[:2], opset, name)
     if shrink:
-        exported = shrink(exported, label_names, data_config)
+        exported, kept = shrink(exported, label_names, data_config, kept)
     about = {"label_names": json.dumps(label_names), "data_config": json.dumps(data_config)}
     if calibration:
         about["calibration"] = json.dumps(calibration)

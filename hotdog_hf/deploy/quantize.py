@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from hotdog_hf.data.images import normalize, open_photo, resize_and_crop
 from hotdog_hf.data.splits import Photos, load_photos
+from hotdog_hf.deploy.distance import refit_distances
 from hotdog_hf.errors import UserError
+from hotdog_hf.model.neighbors import Neighbors
 
 CALIBRATION_PHOTOS = 128
 BATCH_SIZE = 32
@@ -44,9 +46,10 @@ TOLERANCES = {"fp16": 5e-2, "int8": math.inf}
 
 
 class Int8Result(NamedTuple):
-    """The network in 8-bit integers, and the accuracies (fractions) that chose it."""
+    """The network in 8-bit integers, its neighbours if any, and the accuracies (fractions) that chose it."""
 
     network: onnx.ModelProto
+    neighbors: Neighbors | None
     kept: str
     accuracies: dict[str, float]
     num_photos: int
@@ -61,17 +64,18 @@ def shrink(
     network: onnx.ModelProto,
     label_names: list[str],
     data_config: dict,
+    neighbors: Neighbors | None,
     *,
     precision: str,
     data_dir: str | os.PathLike | None = None,
     max_drop: float = 0.5,
-) -> onnx.ModelProto:
+) -> tuple[onnx.ModelProto, Neighbors | None]:
     """Return the network in "fp16" or "int8", as `export_onnx` asks for it; print what int8 loses."""
     if precision == "fp16":
-        return to_fp16(network)
-    result = to_int8(network, label_names, data_config, data_dir, max_drop)
+        return to_fp16(network), neighbors
+    result = to_int8(network, label_names, data_config, data_dir, max_drop, neighbors)
     print(result.describe())
-    return result.network
+    return result.network, result.neighbors
 
 
 def to_fp16(network: onnx.ModelProto) -> onnx.ModelProto:
@@ -103,12 +107,13 @@ def to_int8(
     data_config: dict,
     data_dir: str | os.PathLike,
     max_drop: float = 0.5,
+    neighbors: Neighbors | None = None,
 ) -> Int8Result:
     """Quantize weights and activations to 8 bits (static, QDQ) in several ways; keep the best.
 
     Ranges come from training photos, accuracies from validation photos: those of the data folder, or a fifth
-    of train, which is then not calibrated on. Raises `UserError` if the best one loses more than `max_drop`
-    percentage points.
+    of train, which is then not calibrated on. `neighbors` get the distances that fit the best one, see
+    `distance.refit_distances`. Raises `UserError` if it loses more than `max_drop` percentage points.
     """
     photos = Photos(load_photos(data_dir, VAL_FRACTION), data_dir)
     if photos.label_names != label_names:
@@ -127,7 +132,7 @@ def to_int8(
         found[f"int8 {name}"] = _quantize(network, normalize(calibration, data_config), **options)
         accuracies[f"int8 {name}"] = _accuracy(found[f"int8 {name}"], images, labels, data_config)
     best = max(accuracies, key=accuracies.__getitem__)  # the first of equals
-    result = Int8Result(found[best], best, {"float32": whole, **accuracies}, len(labels))
+    result = Int8Result(found[best], neighbors, best, {"float32": whole, **accuracies}, len(labels))
     lost = 100 * (whole - accuracies[best])
     if lost > max_drop:
         raise UserError(
@@ -136,6 +141,9 @@ def to_int8(
             " --val-fraction 0.2 to hold some back, use --precision fp16, or a higher --max-drop. Nothing was"
             " written"
         )
+    if neighbors:
+        features = [_run(each, "features", images, data_config) for each in (network, found[best])]
+        result = result._replace(neighbors=refit_distances(neighbors, *features))
     return result
 
 
@@ -146,13 +154,15 @@ def _read(rows: datasets.Dataset, data_config: dict) -> tuple[np.ndarray, np.nda
 
 
 def _accuracy(network: onnx.ModelProto, images: np.ndarray, labels: np.ndarray, data_config: dict) -> float:
+    return float((_run(network, "probabilities", images, data_config).argmax(axis=1) == labels).mean())
+
+
+def _run(network: onnx.ModelProto, output: str, images: np.ndarray, data_config: dict) -> np.ndarray:
+    """Return one output of a network for photos as bytes [N, H, W, 3]."""
     session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
-    correct = 0
-    for start in range(0, len(images), BATCH_SIZE):
-        batch = normalize(images[start : start + BATCH_SIZE], data_config)
-        [probabilities] = session.run(["probabilities"], {"pixel_values": batch})
-        correct += int((probabilities.argmax(axis=1) == labels[start : start + BATCH_SIZE]).sum())
-    return correct / len(labels)
+    batches = (images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE))
+    rows = [session.run([output], {"pixel_values": normalize(batch, data_config)})[0] for batch in batches]
+    return np.concatenate(rows)
 
 
 class _Batches(quantization.CalibrationDataReader):
