@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -32,8 +31,8 @@ THOSE_WITHOUT_A_HUB = (
 
 
 @functools.cache
-def _server(modules: str, thread: int) -> subprocess.Popen:
-    """Start a server of one thread's: it runs one command at a time, threads theirs at once."""
+def _server(modules: str) -> subprocess.Popen:
+    """Start a server, which only the main thread may ask."""
     command = [sys.executable, __file__, *modules.split()]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.kill)
@@ -47,7 +46,7 @@ class Process:
     """
 
     def __init__(self, words: list[str], cwd: Path, env: dict[str, str]):
-        self._server = _server(THOSE_WITHOUT_A_HUB if env else ALL, threading.get_ident())
+        self._server = _server(THOSE_WITHOUT_A_HUB if env else ALL)
         self._scratch = tempfile.TemporaryDirectory()
         self._outputs = [Path(self._scratch.name, name) for name in ("out", "err")]
         out, err = map(str, self._outputs)

@@ -9,11 +9,10 @@ import sys
 import threading
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from conftest import ROOT, run
+from conftest import ROOT, begin, run
 
 from hotdog_hf.data import download
 from hotdog_hf.data.splits import load_photos
@@ -265,10 +264,11 @@ def test_a_server_that_does_not_answer_is_given_up(good_zip, tmp_path, monkeypat
 
 
 def test_two_processes_downloading_at_once_end_with_one_whole_folder(good_zip, tmp_path):
-    with serve(good_zip, wait=2) as (url, asked), ThreadPoolExecutor(2) as pool:
+    with serve(good_zip, wait=2) as (url, asked):
         command = ("python", ROOT / "scripts/download.py", "--url", url, "--sha1", sha1(good_zip))
-        runs = [pool.submit(run, *command, "--data-dir", tmp_path / "data/photos") for _ in range(2)]
-        assert [started.result().returncode for started in runs] == [0, 0], runs[0].result().stderr
+        for process in [begin(*command, "--data-dir", tmp_path / "data/photos") for _ in range(2)]:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
     assert len(load_photos(tmp_path / "data/photos")["train"]) == 25
     assert len(asked) == 1 and left(tmp_path / "data") == ["hotdog.zip", "photos"]
 
