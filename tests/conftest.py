@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # Before torch or any Hugging Face library is imported, here and in every subprocess.
@@ -80,6 +80,27 @@ def chromium() -> str:
     pytest.importorskip("playwright", reason="needs playwright, of the extra [test]")
     browsers = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
     return next(filter(None, browsers), None) or pytest.skip("needs chromium; this machine has no browser")
+
+
+@pytest.fixture
+def faults_in_browser(chromium) -> Callable[[Path], list[str]]:
+    """Opens a page as wide as a phone and a desktop: complaints, requests to elsewhere, sideways scroll."""
+    from playwright.sync_api import sync_playwright
+
+    def faults_at(file: Path, width: int, scheme: str) -> list[str]:
+        found: list[str] = []
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("console", lambda message: found.append(message.text))
+        page.on("pageerror", lambda error: found.append(str(error)))
+        page.on("request", lambda call: call.url.startswith(("file:", "data:")) or found.append(call.url))
+        page.goto(file.as_uri())
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        return found + [f"{wide} pixels wide on {width}"] * (wide > width)
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield lambda file: [*faults_at(file, 390, "dark"), *faults_at(file, 1280, "light")]
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -196,3 +196,8 @@ def test_an_audit_replaces_an_earlier_one_and_nothing_else(audited, tiny_weights
         done = run("python", AUDIT, root / "photos", *flags, *more, cwd=tmp_path)
         assert (done.returncode, "Traceback" in done.stderr) == (2, False) and message in done.stderr
     assert not (tmp_path / "new").exists() and (tmp_path / "mine/notes.txt").exists()
+
+
+def test_a_phone_and_a_desktop_show_the_page_without_a_complaint(audited, faults_in_browser):
+    root, _, _ = audited
+    assert faults_in_browser(root / "audit/audit.html") == []

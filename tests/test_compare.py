@@ -116,3 +116,12 @@ def test_what_cannot_be_compared_is_named(two, tmp_path, spoil, message):
     spoil(tmp_path / "b")
     with pytest.raises(UserError, match=f"{two[1]}.*{message}"):
         runs.read_runs(two)
+
+
+def test_a_phone_and_a_desktop_show_the_page_without_a_complaint(two, tmp_path, faults_in_browser):
+    assert run("python", ROOT / "scripts/compare.py", *two, cwd=tmp_path).returncode == 0
+    assert faults_in_browser(tmp_path / "compare/compare.html") == []
+    faulty = tmp_path / "faulty.html"
+    faulty.write_text("<!DOCTYPE html><p style='width: 500px'>wide</p><script>none()</script>")
+    found = faults_in_browser(faulty)  # the check sees what it looks for
+    assert any("none is not defined" in fault for fault in found) and any("wide on 390" in f for f in found)
