@@ -376,6 +376,7 @@ def test_the_first_answer_of_every_script_is_timed(photos_dir, tiny_weights, tmp
     assert [variant.name for variant in variants][: len(scripts)] == scripts
     for variant in (variants[0], next(each for each in variants if "first step" in each.name)):
         assert measure(setup, variant, 0)["value"] > 0
+    assert not list(tmp_path.glob("startup*"))
 
 
 def test_our_training_is_timed_from_its_first_step_and_with_a_cache_after_its_first_epoch(

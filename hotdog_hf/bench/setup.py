@@ -119,7 +119,7 @@ def prepare(
     epochs: int,
     recipes: tuple[str, ...],
     num_threads: int | None,
-    exported: bool = True,
+    exported: bool,
 ) -> tuple[Setup, dict]:
     """Create everything that the measurements need in `work`; return it, and the machine's description.
 

@@ -126,7 +126,7 @@ def open_photo(row: dict, cache: Optional["DecodedCache"] = None) -> Photo:
 
 
 def thumbnail(row: dict, size: int) -> Image.Image:
-    """Return the `image` of a dataset row to be looked at, its sides at most `size` pixels."""
+    """Return the `image` of a dataset row for display, at most `size` pixels a side."""
     image = decode_image(source_of(row), min_side=size)
     image.thumbnail((size, size))
     return image

@@ -228,7 +228,7 @@ def progress_bar(accelerator: Accelerator, loader: torch.utils.data.DataLoader, 
         desc=title,
         unit="img",
         leave=False,
-        disable=_no_bar(accelerator),
+        disable=no_bar(accelerator),
         total=sampler.size,
         initial=sampler.photos_skipped(),
     )
@@ -267,8 +267,8 @@ def show_totals(bar: tqdm, totals: torch.Tensor) -> None:
         bar.copied, bar.shown_at = HostCopy(totals.clone()), now
 
 
-def _no_bar(accelerator: Accelerator) -> bool | None:
-    """None lets tqdm decide: a bar on a terminal, none in a log file."""
+def no_bar(accelerator: Accelerator) -> bool | None:
+    """Return tqdm's `disable`: None on the main process, for a bar on a terminal and none in a log file."""
     return None if accelerator.is_main_process else True
 
 
@@ -373,7 +373,7 @@ def _gather(
     stop: launch.StopSignal | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     outputs, labels = [], []
-    for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=_no_bar(accelerator)):
+    for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=no_bar(accelerator)):
         output = forward(loader.dataset.network_input(batch["pixel_values"]))
         gathered = accelerator.gather_for_metrics((output, batch["labels"]))
         outputs.append(gathered[0].cpu())

@@ -259,8 +259,8 @@ def build_train_loader(
     if config.model.cache_features:
         train_set = model.split_features["train"]
     elif config.data.crop_on_device:
-        no_bar = None if accelerator.is_main_process else True
-        train_set = DevicePhotoDataset(rows, transform, seed, photos.cache, accelerator.device, no_bar)
+        where = accelerator.device, engine.no_bar(accelerator)
+        train_set = DevicePhotoDataset(rows, transform, seed, photos.cache, *where)
     else:
         train_set = loaders.PhotoDataset(rows, transform, seed, photos.cache)
     return loaders.train_loader(train_set, batch_size, num_workers=workers, **share)

@@ -199,14 +199,15 @@ class Search:
                 cross_validate, features, self.labels, prior_of, self.folds, (), self.weights
             )
             outputs, layers = launch.run_on_main(self.accelerator, fit)
-            tried = self.add(self.source_probe(knobs, f", {self.geometry_name(knobs)}"), outputs)
+            candidate = self.source_probe(knobs, f", {self.geometry_name(knobs)}")
+            tried = self.show(self.board.add(candidate, outputs))
             self.starts.append((tried, layers))
             if tried is self.board.reference():
                 self.best_source = extractor, prior_of, features, knobs
             if knobs["preprocessing"] == "chapter":
                 fit = functools.partial(self.cross_validate_probe, features)
                 probe = Candidate(f"probe, {self.geometry_name(knobs)}", "probe", {})
-                self.add(probe, launch.run_on_main(self.accelerator, fit))
+                self.show(self.board.add(probe, launch.run_on_main(self.accelerator, fit)))
 
     def geometry_name(self, knobs: dict) -> str:
         """Return a geometry in words."""
@@ -252,8 +253,8 @@ class Search:
             knobs = geometry | crop
             knobs |= {"augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
             outputs, _ = launch.run_on_main(self.accelerator, fit)
-            tried = self.add(self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}"), outputs)
-            self.cropped[name] = tried
+            candidate = self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}")
+            self.cropped[name] = self.show(self.board.add(candidate, outputs))
 
     def try_training(self) -> None:
         """Try fine-tuning on all folds but one, tested on that one."""
@@ -300,7 +301,7 @@ class Search:
             if given_up:
                 break
         rows = np.concatenate([held_back for _, held_back in self.trial_folds[: len(parts)]])
-        self.add(way, np.concatenate(parts), rows, given_up)
+        self.show(self.board.add(way, np.concatenate(parts), rows, given_up))
 
     def train_part(
         self, way: Candidate, layer: Layer, fold: tuple[np.ndarray, np.ndarray], epochs: int
@@ -358,14 +359,7 @@ class Search:
         )
         return np.log(np.maximum(probabilities.double().cpu().numpy(), 1e-30))
 
-    def add(
-        self,
-        candidate: Candidate,
-        log_probabilities: np.ndarray,
-        rows: np.ndarray | None = None,
-        given_up: bool = False,
-    ) -> Tried:
-        """Record a candidate as `Board.add` does, and print its line of the table."""
-        tried = self.board.add(candidate, log_probabilities, rows, given_up)
+    def show(self, tried: Tried) -> Tried:
+        """Print the line of the table of a candidate that was tried, and return it."""
         self.accelerator.print(self.board.describe(tried))
         return tried
