@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import TINY_MODEL, draw_photos
+from PIL import Image
 from test_resume import StopAfter, assert_same_run, train_here
 
 from hotdog_hf.config import parse_train_config
@@ -16,7 +17,7 @@ from hotdog_hf.model import regression
 from hotdog_hf.training import launch, search
 from hotdog_hf.training.candidates import Board, Candidate, Costs
 from hotdog_hf.training.choice import decide
-from hotdog_hf.training.search import CROPS, Search
+from hotdog_hf.training.search import Search
 
 
 def decide_here(weights, data_dir, *flags):
@@ -27,9 +28,10 @@ def decide_here(weights, data_dir, *flags):
 
 
 def one_epoch(monkeypatch):
-    """Let a fine-tuning be tried for one epoch."""
-    for name in ("TRIAL_EPOCHS", "FEWEST_TRIAL_EPOCHS"):
-        monkeypatch.setattr(search, name, {"full": 1, "light": 1})
+    """Let a fine-tuning be tried for one epoch, and take no more epochs for few photos."""
+    monkeypatch.setattr(search, "TRIAL_SHARES", {"full": 0, "light": 0})
+    monkeypatch.setattr(search, "FEWEST_TRIAL_EPOCHS", {"full": 1, "light": 1})
+    monkeypatch.setattr(search, "FEWEST_SEEN", 0)
 
 
 def prefer(monkeypatch, recipe):
@@ -68,17 +70,30 @@ def test_folds_keep_copies_together_and_every_class_in_every_rest():
     assert stratified_folds(np.array([0, 0, 1, 1]), np.array([0, 1, 2, 2]), 4, 0) == []
 
 
-@pytest.mark.parametrize(("gains", "flip"), [((-0.38, 0.4), True), ((0.1, 0.3), False), ((-0.3, -0.1), True)])
-def test_photos_are_mirrored_in_training_unless_that_is_clearly_worse(gains, flip):
-    """Gains of not mirroring, per photo: by chance, clearly, and a clear loss."""
-    search = object.__new__(Search)
-    losses = np.resize([-1.0, 1.0], 40)
-    gains = np.linspace(*gains, 40)
-    tried = [SimpleNamespace(losses=losses), SimpleNamespace(losses=losses - gains)]
-    search.cropped = dict(zip(CROPS, tried, strict=True))
-    assert search.training_crop()["flip"] is flip
-    search.cropped.popitem()
-    assert search.training_crop()["flip"]
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_photos_are_flipped_in_training_unless_their_mirror_images_are_others(
+    tiny_weights, tmp_path, monkeypatch, mirrored
+):
+    """The second class is a picture and its mirror image, or the first is the mirror image of the second."""
+    monkeypatch.setattr(Search, "try_training", lambda _: None)
+    ramp = np.linspace(0, 150, 64)[None, :, None] + np.linspace(0, 40, 64)[:, None, None]
+    for name in ("left", "right"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(12):
+            noise = np.random.default_rng([number, name == "left"]).integers(0, 40, (64, 64, 3))
+            pixels = (ramp + noise).astype(np.uint8)
+            if name == "left":
+                pixels = pixels[:, ::-1] if mirrored else 255 - pixels
+            if not mirrored and number % 2:
+                pixels = pixels[:, ::-1]
+            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{number}.png")
+    shutil.copytree(tmp_path / "train", tmp_path / "test")
+    record = decide_here(tiny_weights, tmp_path).record
+    assert record["mirrored"]["flip"] is not mirrored
+    crops = [row["knobs"] for row in record["tried"] if "probe_views" in row["knobs"]]
+    assert [(knobs["min_crop_area"], knobs["flip"]) for knobs in crops] == [
+        (0.5, False) if mirrored else (0.25, True)
+    ]
 
 
 def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, monkeypatch):
@@ -89,7 +104,7 @@ def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, m
     tried = one.record["tried"]
     assert tried == other.record["tried"] and one.record["knobs"] == other.record["knobs"]
     recipes = [row["recipe"] for row in tried]
-    assert recipes.count("source-probe") == 4
+    assert recipes.count("source-probe") == 3
     assert sorted(recipe for recipe in recipes if recipe != "source-probe") == ["full", "light", "probe"]
     assert [row["log_loss"] for row in tried] == sorted(row["log_loss"] for row in tried)
     assert one.record["chosen"] == tried[0]["name"] and one.config.recipe == tried[0]["recipe"]
@@ -168,6 +183,17 @@ def test_few_minutes_try_less_and_more_try_more(tiny_weights, photos_dir, monkey
     prefer(monkeypatch, "full")
     decide_here(tiny_weights, photos_dir, "--minutes", 100)
     assert tried == ["full", "full", "light"]
+
+
+def test_few_photos_take_more_epochs():
+    search = object.__new__(Search)
+    search.labels = np.zeros(200)
+    assert (search.epochs("full"), search.trial_epochs("full")) == (12, 9)
+    assert (search.epochs("light"), search.trial_epochs("light")) == (6, 4)
+    search.labels = np.zeros(20)
+    assert search.epochs("full") == 40
+    search.labels = np.zeros(1000)
+    assert (search.epochs("full"), search.trial_epochs("full")) == (8, 6)
 
 
 def test_costs_follow_what_was_measured():

@@ -33,6 +33,14 @@ class ResizeAndCrop:
         return self.normalize(self.pixels(photo)[None])[0]
 
 
+class Mirrored(ResizeAndCrop):
+    """The evaluation transform of a photo's mirror image."""
+
+    def pixels(self, photo: Photo | Image.Image, *_numbers: int) -> torch.Tensor:
+        """Return the bytes of the mirror image, uint8 [3, H, W]."""
+        return super().pixels(photo).flip(-1)
+
+
 class CropAndFlip:
     """The chapter's training transform: a random resized crop and a random flip, then normalisation.
 

@@ -71,6 +71,7 @@ def decide(
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "seconds": round(time.perf_counter() - started, 1),
         "minutes": config.run.minutes,
+        "mirrored": search.mirrored,
         "tried": search.board.rows(),
         "config": to_dict(settled),
     }

@@ -19,7 +19,7 @@ from hotdog_hf.data import images
 from hotdog_hf.data.decoded import DECODING_RULE
 from hotdog_hf.data.loaders import FeatureDataset, PhotoDataset, eval_loader
 from hotdog_hf.data.splits import Photos
-from hotdog_hf.data.transforms import derive_seed, eval_transform, train_transform
+from hotdog_hf.data.transforms import Mirrored, derive_seed, eval_transform, train_transform
 from hotdog_hf.files import replacing_file
 from hotdog_hf.machine import cache_dir
 from hotdog_hf.training import engine, launch
@@ -45,6 +45,13 @@ class FeatureExtractor:
         transform, cache = eval_transform(self.data_config), self.photos.cache
         photo_set = PhotoDataset(self.photos.splits[name], transform, seed, cache)
         return self._pooled(photo_set, self._facts(name), name)
+
+    def mirrored(self, name: str) -> FeatureDataset:
+        """Return the features of the mirror images of a split's photos, otherwise as for evaluation."""
+        photo_set = PhotoDataset(
+            self.photos.splits[name], Mirrored(self.data_config), cache=self.photos.cache
+        )
+        return self._pooled(photo_set, [*self._facts(name), "mirrored"], f"{name}, mirrored")
 
     def crops(
         self, name: str, count: int, min_crop_area: float, seed: int, flip: bool = True

@@ -6,6 +6,7 @@ import io
 import math
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import scipy.special
@@ -26,19 +27,21 @@ from hotdog_hf.training.job import Job, build, keep_decoded
 FOLDS = 4
 # Random crops of each photo that a probe learns from, if it learns from crops.
 VIEWS = 1
-# Two ways to crop: from a quarter of the photo, with flips, or gentler, for photos that must not be mirrored.
-# Training needs the first, which tells it more, unless the second is clearly better for fitted heads.
-CROPS = {
-    "crops from 25 %, flips": {"min_crop_area": 0.25, "flip": True},
-    "crops from 50 %, no flips": {"min_crop_area": 0.5, "flip": False},
-}
+# How to crop: from a quarter of the photo, with flips, or gentler, where photos must not be mirrored: their
+# mirror images have a log-loss that is higher by over so many standard errors, as of digits or hand signs.
+CROPS, GENTLE_CROPS = {"min_crop_area": 0.25, "flip": True}, {"min_crop_area": 0.5, "flip": False}
+MIRRORED_ERRORS = 3
 # Fine-tunings are tested on as few folds as hold back so many photos.
 ENOUGH_HELD_BACK = 75
 # Light fine-tuning is not tried if a full one has this share of the fitted heads' log-loss, or less.
 MUCH_BETTER = 0.5
-# Epochs of fine-tuning on a part of train, enough to tell how it ends. A full one is given up halfway if its
-# log-loss is over so many times that of the best head; the first epochs of a light one tell little.
-TRIAL_EPOCHS, HOPELESS = {"full": 6, "light": 4}, 2.0
+# Full fine-tuning passes so many photos, in more epochs than its recipe's if train has few of them (but in at
+# most so many): fewer steps end far from where the network would.
+FEWEST_SEEN, MOST_EPOCHS_OF_FEW = 2400, 40
+# The share of its epochs for which a fine-tuning is tried on a part of train, enough to tell how it ends. A
+# full one is given up halfway if its log-loss is over so many times that of the best head; the first epochs
+# of a light one tell little.
+TRIAL_SHARES, HOPELESS = {"full": 3 / 4, "light": 2 / 3}, 2.0
 # With --minutes: the fewest epochs that tell what a fine-tuning is good for, the fewest that are worth
 # training on all of train, and the most. The first epoch of a light one only loses what the head had fitted.
 FEWEST_TRIAL_EPOCHS = {"full": 3, "light": 3}
@@ -59,6 +62,16 @@ def settle(config: TrainConfig, recipe: str, knobs: dict) -> TrainConfig:
     return override(RECIPES[recipe], **given | knobs)
 
 
+class Geometry(NamedTuple):
+    """A way to preprocess: what computes features, those of train [N, D], and the head of each fold."""
+
+    extractor: FeatureExtractor
+    prior_of: Callable
+    features: np.ndarray
+    tried: Tried
+    layers: list[Layer]
+
+
 class Search:
     """Tries candidates on the photos of train, the cheap ones first."""
 
@@ -75,10 +88,9 @@ class Search:
         self.end = math.inf if minutes is None else started + 60 * minutes
         # Each geometry's head, and its layers, one that learned nothing of each fold.
         self.starts: list[tuple[Tried, list[Layer]]] = []
-        # The best geometry: what computes its features, the prior of its heads, its features, and its knobs.
-        self.best_source: tuple[FeatureExtractor, Callable, np.ndarray, dict] | None = None
-        # The heads that learned from crops, by the way to crop.
-        self.cropped: dict[str, Tried] = {}
+        self.best_geometry: Geometry | None = None
+        # How to crop and flip in training, and what the log-loss of mirrored photos is.
+        self.crop, self.mirrored = CROPS, None
         train, workers = photos.splits["train"], config.data.num_workers
         self.workers = launch.default_workers(accelerator) if workers is None else workers
         self.labels = np.asarray(train["label"][:])
@@ -124,9 +136,10 @@ class Search:
         self.try_training()
         best, why = self.board.best()
         chosen = best.candidate
-        if chosen.recipe in TRIAL_EPOCHS and self.config.run.minutes is not None:
+        if chosen.recipe in TRIAL_SHARES and self.config.run.minutes is not None:
             epochs = int((self.left() - self.finish_seconds(chosen)) / self.costs.training(chosen.recipe, 1))
-            epochs = int(np.clip(epochs, FEWEST_EPOCHS[chosen.recipe], MOST_EPOCHS[chosen.recipe]))
+            most = max(MOST_EPOCHS[chosen.recipe], self.epochs(chosen.recipe))
+            epochs = int(np.clip(epochs, FEWEST_EPOCHS[chosen.recipe], most))
             chosen = chosen._replace(knobs={**chosen.knobs, "epochs": epochs})
             why += f"; {epochs} epochs fit into the time"
         return chosen, why
@@ -137,11 +150,12 @@ class Search:
             return f"the whole run shall take {self.config.run.minutes:g} minutes; trying what fits"
         costs, largest = self.costs, self.larger() or self.size
         cheap = sum(map(costs.features, {self.size, largest})) + costs.features(self.size)
-        cheap += costs.features(largest, len(CROPS) * VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
+        cheap += costs.features(largest, 1 + VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
         trials = {
-            recipe: costs.training(recipe, self.trial_size(epochs)) for recipe, epochs in TRIAL_EPOCHS.items()
+            recipe: costs.training(recipe, self.trial_size(self.trial_epochs(recipe)))
+            for recipe in TRIAL_SHARES
         }
-        final = {recipe: costs.training(recipe, RECIPES[recipe].optim.epochs) for recipe in TRIAL_EPOCHS}
+        final = {recipe: costs.training(recipe, self.epochs(recipe)) for recipe in TRIAL_SHARES}
         light = cheap + trials["full"] / 2 + trials["light"]
         ends = {
             "a fitted head": light,
@@ -152,6 +166,17 @@ class Search:
             f"{each / 60:.1f} minutes if {name} is best" for name, each in ends.items()
         )
 
+    def epochs(self, recipe: str) -> int:
+        """Return how many epochs a fine-tuning takes on all of train."""
+        usual = RECIPES[recipe].optim.epochs
+        if recipe != "full":
+            return usual
+        return min(max(usual, math.ceil(FEWEST_SEEN / len(self.labels))), MOST_EPOCHS_OF_FEW)
+
+    def trial_epochs(self, recipe: str) -> int:
+        """Return how many epochs a fine-tuning is tried for on a part of train."""
+        return max(round(TRIAL_SHARES[recipe] * self.epochs(recipe)), 1)
+
     def trial_size(self, epochs: float) -> float:
         """Return how many epochs on all of train a trial of so many epochs is."""
         return epochs * sum(len(learned) for learned, _ in self.trial_folds) / len(self.labels)
@@ -161,13 +186,13 @@ class Search:
         size = candidate.knobs.get("image_size", self.size)
         views = 1 + candidate.knobs.get("probe_views", 0)
         # Features of the trained network are kept with it; those of the source are in the cache.
-        views += self.config.run.neighbors and candidate.recipe in TRIAL_EPOCHS
+        views += self.config.run.neighbors and candidate.recipe in TRIAL_SHARES
         return self.costs.features(size, views) + self.costs.evaluation(size) + FIXED_SECONDS
 
     def trial_seconds(self, recipe: str) -> float:
         """Return the seconds of the shortest trial of a recipe and of its shortest final run."""
         epochs = self.trial_size(FEWEST_TRIAL_EPOCHS[recipe]) + FEWEST_EPOCHS[recipe]
-        final = self.finish_seconds(self.source_probe(self.best_source[3]))
+        final = self.finish_seconds(self.source_probe(self.best_geometry.tried.candidate.knobs))
         return self.costs.training(recipe, epochs) + final
 
     def larger(self) -> int | None:
@@ -203,7 +228,7 @@ class Search:
             tried = self.show(self.board.add(candidate, outputs))
             self.starts.append((tried, layers))
             if tried is self.board.reference():
-                self.best_source = extractor, prior_of, features, knobs
+                self.best_geometry = Geometry(extractor, prior_of, features, tried, layers)
             if knobs["preprocessing"] == "chapter":
                 fit = functools.partial(self.cross_validate_probe, features)
                 probe = Candidate(f"probe, {self.geometry_name(knobs)}", "probe", {})
@@ -235,37 +260,60 @@ class Search:
         return outputs
 
     def try_crops(self) -> None:
-        """Try the best geometry with random crops to learn from, which also tell how to crop in training."""
-        extractor, prior_of, features, geometry = self.best_source
+        """Try the best geometry with random crops to learn from, with flips if they change little."""
+        best, costs = self.best_geometry, self.costs
+        geometry = best.tried.candidate.knobs
         size = geometry.get("image_size", self.size)
-        for name, crop in CROPS.items():
-            # Learned now and once more if chosen, unless that leaves no time for a training that would fit.
-            cost = 2 * self.costs.features(size, VIEWS) + self.costs.evaluation(size) + 2 * FIXED_SECONDS
-            spare = self.left() - min(map(self.trial_seconds, TRIAL_EPOCHS))
-            if cost > (spare if spare > 0 else self.left()):
-                return
-            area, flip = crop["min_crop_area"], crop["flip"]
-            views = extractor.crops("train", VIEWS, area, self.config.run.seed, flip)
-            views = [view.features.numpy() for view in views]
-            fit = functools.partial(
-                cross_validate, features, self.labels, prior_of, self.folds, views, self.weights
-            )
-            knobs = geometry | crop
-            knobs |= {"augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
-            outputs, _ = launch.run_on_main(self.accelerator, fit)
-            candidate = self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}")
-            self.cropped[name] = self.show(self.board.add(candidate, outputs))
+        # Learned now and once more if chosen, unless that leaves no time for a training that would fit.
+        cost = costs.features(size, 1 + 2 * VIEWS) + costs.evaluation(size) + 2 * FIXED_SECONDS
+        spare = self.left() - min(map(self.trial_seconds, TRIAL_SHARES))
+        if cost > (spare if spare > 0 else self.left()):
+            return
+        self.test_mirrored()
+        area, flip = self.crop["min_crop_area"], self.crop["flip"]
+        views = best.extractor.crops("train", VIEWS, area, self.config.run.seed, flip)
+        views = [view.features.numpy() for view in views]
+        fit = functools.partial(
+            cross_validate, best.features, self.labels, best.prior_of, self.folds, views, self.weights
+        )
+        knobs = geometry | self.crop
+        knobs |= {"augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
+        outputs, _ = launch.run_on_main(self.accelerator, fit)
+        name = f"crops from {area:.0%}, {'flips' if flip else 'no flips'}"
+        candidate = self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}")
+        self.show(self.board.add(candidate, outputs))
+
+    def test_mirrored(self) -> None:
+        """Crop gently, without flips, if heads do clearly worse on the mirror images of held-back photos."""
+        best = self.best_geometry
+        features, losses = best.extractor.mirrored("train").features.numpy(), np.zeros(len(self.labels))
+        for (_, rows), layer in zip(self.folds, best.layers, strict=True):
+            outputs = scipy.special.log_softmax(layer.logits(features[rows]), axis=1)
+            losses[rows] = self.board.losses(outputs, rows)
+        rise = losses - best.tried.losses
+        error = rise.std() / math.sqrt(len(rise))
+        clear = launch.run_on_main(self.accelerator, lambda: bool(rise.mean() > MIRRORED_ERRORS * error))
+        self.crop = GENTLE_CROPS if clear else CROPS
+        self.mirrored = {
+            "log_loss": round(float(best.tried.losses.mean()), 4),
+            "log_loss_mirrored": round(float(losses.mean()), 4),
+            "difference_se": round(float(error), 4),
+            "flip": self.crop["flip"],
+        }
+        self.accelerator.print(
+            f"log-loss of mirrored photos: {losses.mean():.3f} instead of {best.tried.losses.mean():.3f}"
+            f" (± {error:.3f}), so {'no flips' if clear else 'flips'} in training"
+        )
 
     def try_training(self) -> None:
         """Try fine-tuning on all folds but one, tested on that one."""
-        crop = self.training_crop()
         self.starts.sort(key=lambda pair: pair[0].losses.mean())
         best_start = self.starts[0]
         own_start = next(pair for pair in self.starts if "image_size" not in pair[0].candidate.knobs)
-        full = {**own_start[0].candidate.knobs, **crop}
+        full = {**own_start[0].candidate.knobs, **self.crop, "epochs": self.epochs("full")}
         self.try_way(Candidate("full fine-tuning", "full", full), own_start[1])
         if self.config.run.minutes is not None:
-            other = next(each for each in CROPS.values() if each != crop)
+            other = GENTLE_CROPS if self.crop == CROPS else CROPS
             self.try_way(Candidate("full fine-tuning, other crops", "full", full | other), own_start[1])
         heads_best, best = (self.board.score(each) for each in (self.board.reference(), self.board.best()[0]))
         if best < MUCH_BETTER * heads_best:
@@ -273,25 +321,17 @@ class Search:
         # On crops of the model's own size: things in random crops are larger than in the whole photo, so that
         # the larger size of evaluation suits it (Touvron et al. 2019, arXiv 1906.06423).
         geometry = best_start[0].candidate.knobs
-        light = {**geometry, **crop}
+        light = {**geometry, **self.crop}
         if "image_size" in geometry:
             light["train_image_size"] = self.size
         name = f"light fine-tuning, {self.geometry_name(geometry)}"
         self.try_way(Candidate(name, "light", light), best_start[1])
 
-    def training_crop(self) -> dict:
-        """Return how to crop in training: the gentler way if it is better by more than a standard error."""
-        usual, gentle = CROPS
-        if len(self.cropped) < len(CROPS):
-            return CROPS[usual]
-        gain = self.cropped[usual].losses - self.cropped[gentle].losses
-        return CROPS[gentle if gain.mean() > gain.std() / math.sqrt(len(gain)) else usual]
-
     def try_way(self, way: Candidate, layers: list[Layer]) -> None:
         """Try a fine-tuning from fitted heads, if there is time for it: fewer epochs if there is little."""
         recipe = way.recipe
         room = self.left() - self.costs.training(recipe, FEWEST_EPOCHS[recipe]) - self.finish_seconds(way)
-        epochs = min(room / self.costs.training(recipe, self.trial_size(1)), TRIAL_EPOCHS[recipe])
+        epochs = min(room / self.costs.training(recipe, self.trial_size(1)), self.trial_epochs(recipe))
         if epochs < FEWEST_TRIAL_EPOCHS[recipe]:
             return
         parts = []
