@@ -67,8 +67,9 @@ class DataConfig:
     preprocessing: Literal["chapter", "model"] = "chapter"
     # Side of the square input in pixels. Unset: the model's own.
     image_size: int | None = None
-    # Training photos: random crop and flip (the chapter), or preprocessed as for evaluation.
-    augmentation: Literal["crop", "none"] = "crop"
+    # Training photos: random crop and flip (the chapter); two more random changes of each, such as a rotation
+    # or another contrast (RandAugment); or preprocessed as for evaluation.
+    augmentation: Literal["crop", "randaugment", "none"] = "crop"
     # Smallest share of a photo's area that a random crop covers.
     min_crop_area: float = 0.08
     # Mirror every second crop. --no-flip for photos that mean something else in a mirror, such as writing.
@@ -382,10 +383,10 @@ class TrainConfig:
         _require_each(self.model, "probe_views", lambda count: count >= 0, "must be 0 or more")
         _require(
             not views
-            or (self.model.head_init in ("probe", "source-probe") and self.data.augmentation == "crop"),
+            or (self.model.head_init in ("probe", "source-probe") and self.data.augmentation != "none"),
             "--probe-views",
             views,
-            "needs --head-init probe or source-probe, and --augmentation crop (or set it to 0)",
+            "needs --head-init probe or source-probe, and another --augmentation than none (or set it to 0)",
         )
         average = self.optim.ema_decay
         _require(

@@ -54,6 +54,7 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
         ),
         ("--recipe light --epochs -1", "--epochs must be 0 or more"),
         ("--crop-on-device --augmentation none", "--crop-on-device needs --augmentation crop"),
+        ("--crop-on-device --augmentation randaugment", "--crop-on-device needs --augmentation crop"),
         ("--crop-on-device --streaming", "--crop-on-device needs photos that are not streamed"),
         ("--augmentation none --cache-features", "--cache-features .* add --freeze-body"),
         ("--freeze-body --cache-features", "--augmentation must be none if features are cached"),
@@ -65,11 +66,11 @@ def test_a_bad_flag_is_refused_by_name_with_exit_code_2(flag, value, capsys):
         ),
         (
             "--probe-views 2",
-            "--probe-views needs --head-init probe or source-probe, and --augmentation crop .*, got 2",
+            "--probe-views needs --head-init probe or source-probe, and another --augmentation .*, got 2",
         ),
         (
             "--recipe probe --probe-views 2",
-            "--probe-views needs --head-init probe or source-probe, and --augmentation crop",
+            "--probe-views needs --head-init probe or source-probe, and another --augmentation",
         ),
         ("--recipe light --probe-views -1", "--probe-views must be 0 or more, got -1"),
         ("--frozen-share 1", "--frozen-share must be from 0 up to 1, got 1"),

@@ -168,10 +168,25 @@ def test_without_flips_a_crop_is_never_mirrored():
     assert any(mirrored[True]) and not any(mirrored[False])
 
 
-@pytest.fixture
-def dataset(folder):
+def test_randaugment_changes_a_crop_by_more_than_crop_and_flip():
+    """Each of 8 crops of a grey photo: plain ones stay grey and whole, of the others at most a few do."""
+    image = Image.fromarray(np.full((64, 64, 3), 120, np.uint8))
+    changed = {
+        augmentation: sum(
+            bool((transform.pixels(image, number) != 120).any())
+            for transform in [transforms.train_transform(CHAPTER_CONFIG, 32, augmentation=augmentation)]
+            for number in range(8)
+        )
+        for augmentation in ("crop", "randaugment")
+    }
+    assert changed["crop"] == 0 and changed["randaugment"] >= 4
+
+
+@pytest.fixture(params=["crop", "randaugment"])
+def dataset(folder, request):
     config = CHAPTER_CONFIG | {"input_size": (3, 32, 32)}
-    return loaders.PhotoDataset(load_photos(folder)["train"], transforms.train_transform(config), seed=3)
+    transform = transforms.train_transform(config, augmentation=request.param)
+    return loaders.PhotoDataset(load_photos(folder)["train"], transform, seed=3)
 
 
 def test_augmentation_depends_on_seed_epoch_and_photo_alone(dataset):

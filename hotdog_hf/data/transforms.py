@@ -89,6 +89,22 @@ class CropAndFlip:
         return photo.crop(outer).resize(size, self.interpolation, box)
 
 
+class RandAugmented(CropAndFlip):
+    """`CropAndFlip`, then two random operations, such as a rotation, a shear or another contrast.
+
+    RandAugment (arXiv 1909.13719) with torchvision's defaults.
+    """
+
+    operations = v2.RandAugment()
+
+    def pixels(self, photo: Photo | Image.Image, *numbers: int) -> torch.Tensor:
+        """Return the bytes of an augmented crop, uint8 [3, H, W], which depend only on photo and numbers."""
+        crop = super().pixels(photo, *numbers)
+        with self._drawing, torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(*numbers, 1))
+            return self.operations(crop)
+
+
 Transform = ResizeAndCrop | CropAndFlip
 
 
@@ -98,14 +114,21 @@ def eval_transform(data_config: dict) -> ResizeAndCrop:
 
 
 def train_transform(
-    data_config: dict, image_size: int | None = None, min_crop_area: float = 0.08, flip: bool = True
+    data_config: dict,
+    image_size: int | None = None,
+    min_crop_area: float = 0.08,
+    flip: bool = True,
+    augmentation: str = "crop",
 ) -> CropAndFlip:
     """Return the chapter's training transform, or without `flip` one that mirrors no photo.
+
+    The `augmentation` is "crop", or "randaugment" for more.
 
     A crop covers at least `min_crop_area` of the photo and is resized to `image_size` pixels square (None:
     the evaluation size; smaller is faster, and objects look larger in random crops anyway: arXiv 1906.06423).
     """
-    return CropAndFlip(image_size or data_config["input_size"][1:], min_crop_area, data_config, flip)
+    kind = RandAugmented if augmentation == "randaugment" else CropAndFlip
+    return kind(image_size or data_config["input_size"][1:], min_crop_area, data_config, flip)
 
 
 def derive_seed(*numbers: int) -> int:

@@ -213,7 +213,7 @@ def keep_decoded(
         return photos
     as_evaluated = transforms.eval_transform(data_config)
     uses = {split: [as_evaluated] for split in photos.splits}
-    if config.data.augmentation == "crop":
+    if config.data.augmentation != "none":
         uses["train"] = [
             build_crop(config, data_config),
             *(uses["train"] if config.model.probe_views else []),
@@ -232,7 +232,9 @@ def keep_decoded(
 def build_crop(config: TrainConfig, data_config: dict) -> transforms.CropAndFlip:
     """Return the random crops that the network trains on."""
     knobs = config.data
-    return transforms.train_transform(data_config, knobs.train_image_size, knobs.min_crop_area, knobs.flip)
+    return transforms.train_transform(
+        data_config, knobs.train_image_size, knobs.min_crop_area, knobs.flip, knobs.augmentation
+    )
 
 
 def micro_batch_size(config: TrainConfig, accelerator: Accelerator) -> int:
@@ -248,7 +250,7 @@ def build_train_loader(
     rows, batch_size, seed = photos.splits["train"], config.optim.batch_size, config.run.seed
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     transform = transforms.eval_transform(model.data_config)
-    if config.data.augmentation == "crop":
+    if config.data.augmentation != "none":
         transform = build_crop(config, model.data_config)
     if config.data.streaming:
         sum_processes = functools.partial(launch.sum_processes, accelerator)
