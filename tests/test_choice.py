@@ -28,10 +28,9 @@ def decide_here(weights, data_dir, *flags):
 
 
 def one_epoch(monkeypatch):
-    """Let a fine-tuning be tried for one epoch, and take no more epochs for few photos."""
-    monkeypatch.setattr(search, "TRIAL_SHARES", {"full": 0, "light": 0})
-    monkeypatch.setattr(search, "FEWEST_TRIAL_EPOCHS", {"full": 1, "light": 1})
-    monkeypatch.setattr(search, "FEWEST_SEEN", 0)
+    """Let a fine-tuning be tried for one epoch."""
+    for name in ("TRIAL_EPOCHS", "FEWEST_TRIAL_EPOCHS"):
+        monkeypatch.setattr(search, name, {"full": 1, "light": 1})
 
 
 def prefer(monkeypatch, recipe):
@@ -183,17 +182,6 @@ def test_few_minutes_try_less_and_more_try_more(tiny_weights, photos_dir, monkey
     prefer(monkeypatch, "full")
     decide_here(tiny_weights, photos_dir, "--minutes", 100)
     assert tried == ["full", "full", "light"]
-
-
-def test_few_photos_take_more_epochs():
-    search = object.__new__(Search)
-    search.labels = np.zeros(200)
-    assert (search.epochs("full"), search.trial_epochs("full")) == (12, 9)
-    assert (search.epochs("light"), search.trial_epochs("light")) == (6, 4)
-    search.labels = np.zeros(20)
-    assert search.epochs("full") == 40
-    search.labels = np.zeros(1000)
-    assert (search.epochs("full"), search.trial_epochs("full")) == (8, 6)
 
 
 def test_costs_follow_what_was_measured():

@@ -35,13 +35,9 @@ MIRRORED_ERRORS = 3
 ENOUGH_HELD_BACK = 75
 # Light fine-tuning is not tried if a full one has this share of the fitted heads' log-loss, or less.
 MUCH_BETTER = 0.5
-# Full fine-tuning passes so many photos, in more epochs than its recipe's if train has few of them (but in at
-# most so many): fewer steps end far from where the network would.
-FEWEST_SEEN, MOST_EPOCHS_OF_FEW = 2400, 40
-# The share of its epochs for which a fine-tuning is tried on a part of train, enough to tell how it ends. A
-# full one is given up halfway if its log-loss is over so many times that of the best head; the first epochs
-# of a light one tell little.
-TRIAL_SHARES, HOPELESS = {"full": 3 / 4, "light": 2 / 3}, 2.0
+# Epochs of fine-tuning on a part of train, enough to tell how it ends. A full one is given up halfway if its
+# log-loss is over so many times that of the best head; the first epochs of a light one tell little.
+TRIAL_EPOCHS, HOPELESS = {"full": 6, "light": 4}, 2.0
 # With --minutes: the fewest epochs that tell what a fine-tuning is good for, the fewest that are worth
 # training on all of train, and the most. The first epoch of a light one only loses what the head had fitted.
 FEWEST_TRIAL_EPOCHS = {"full": 3, "light": 3}
@@ -136,10 +132,9 @@ class Search:
         self.try_training()
         best, why = self.board.best()
         chosen = best.candidate
-        if chosen.recipe in TRIAL_SHARES and self.config.run.minutes is not None:
+        if chosen.recipe in TRIAL_EPOCHS and self.config.run.minutes is not None:
             epochs = int((self.left() - self.finish_seconds(chosen)) / self.costs.training(chosen.recipe, 1))
-            most = max(MOST_EPOCHS[chosen.recipe], self.epochs(chosen.recipe))
-            epochs = int(np.clip(epochs, FEWEST_EPOCHS[chosen.recipe], most))
+            epochs = int(np.clip(epochs, FEWEST_EPOCHS[chosen.recipe], MOST_EPOCHS[chosen.recipe]))
             chosen = chosen._replace(knobs={**chosen.knobs, "epochs": epochs})
             why += f"; {epochs} epochs fit into the time"
         return chosen, why
@@ -152,10 +147,9 @@ class Search:
         cheap = sum(map(costs.features, {self.size, largest})) + costs.features(self.size)
         cheap += costs.features(largest, 1 + VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
         trials = {
-            recipe: costs.training(recipe, self.trial_size(self.trial_epochs(recipe)))
-            for recipe in TRIAL_SHARES
+            recipe: costs.training(recipe, self.trial_size(epochs)) for recipe, epochs in TRIAL_EPOCHS.items()
         }
-        final = {recipe: costs.training(recipe, self.epochs(recipe)) for recipe in TRIAL_SHARES}
+        final = {recipe: costs.training(recipe, RECIPES[recipe].optim.epochs) for recipe in TRIAL_EPOCHS}
         light = cheap + trials["full"] / 2 + trials["light"]
         ends = {
             "a fitted head": light,
@@ -166,17 +160,6 @@ class Search:
             f"{each / 60:.1f} minutes if {name} is best" for name, each in ends.items()
         )
 
-    def epochs(self, recipe: str) -> int:
-        """Return how many epochs a fine-tuning takes on all of train."""
-        usual = RECIPES[recipe].optim.epochs
-        if recipe != "full":
-            return usual
-        return min(max(usual, math.ceil(FEWEST_SEEN / len(self.labels))), MOST_EPOCHS_OF_FEW)
-
-    def trial_epochs(self, recipe: str) -> int:
-        """Return how many epochs a fine-tuning is tried for on a part of train."""
-        return max(round(TRIAL_SHARES[recipe] * self.epochs(recipe)), 1)
-
     def trial_size(self, epochs: float) -> float:
         """Return how many epochs on all of train a trial of so many epochs is."""
         return epochs * sum(len(learned) for learned, _ in self.trial_folds) / len(self.labels)
@@ -186,7 +169,7 @@ class Search:
         size = candidate.knobs.get("image_size", self.size)
         views = 1 + candidate.knobs.get("probe_views", 0)
         # Features of the trained network are kept with it; those of the source are in the cache.
-        views += self.config.run.neighbors and candidate.recipe in TRIAL_SHARES
+        views += self.config.run.neighbors and candidate.recipe in TRIAL_EPOCHS
         return self.costs.features(size, views) + self.costs.evaluation(size) + FIXED_SECONDS
 
     def trial_seconds(self, recipe: str) -> float:
@@ -266,7 +249,7 @@ class Search:
         size = geometry.get("image_size", self.size)
         # Learned now and once more if chosen, unless that leaves no time for a training that would fit.
         cost = costs.features(size, 1 + 2 * VIEWS) + costs.evaluation(size) + 2 * FIXED_SECONDS
-        spare = self.left() - min(map(self.trial_seconds, TRIAL_SHARES))
+        spare = self.left() - min(map(self.trial_seconds, TRIAL_EPOCHS))
         if cost > (spare if spare > 0 else self.left()):
             return
         self.test_mirrored()
@@ -310,7 +293,7 @@ class Search:
         self.starts.sort(key=lambda pair: pair[0].losses.mean())
         best_start = self.starts[0]
         own_start = next(pair for pair in self.starts if "image_size" not in pair[0].candidate.knobs)
-        full = {**own_start[0].candidate.knobs, **self.crop, "epochs": self.epochs("full")}
+        full = {**own_start[0].candidate.knobs, **self.crop}
         self.try_way(Candidate("full fine-tuning", "full", full), own_start[1])
         if self.config.run.minutes is not None:
             other = GENTLE_CROPS if self.crop == CROPS else CROPS
@@ -331,7 +314,7 @@ class Search:
         """Try a fine-tuning from fitted heads, if there is time for it: fewer epochs if there is little."""
         recipe = way.recipe
         room = self.left() - self.costs.training(recipe, FEWEST_EPOCHS[recipe]) - self.finish_seconds(way)
-        epochs = min(room / self.costs.training(recipe, self.trial_size(1)), self.trial_epochs(recipe))
+        epochs = min(room / self.costs.training(recipe, self.trial_size(1)), TRIAL_EPOCHS[recipe])
         if epochs < FEWEST_TRIAL_EPOCHS[recipe]:
             return
         parts = []
