@@ -114,6 +114,29 @@ def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, m
         )  # too few for one fold
 
 
+@pytest.mark.parametrize(("steps", "epochs"), [(6, 1), (7, 2)])
+def test_a_hopeless_fine_tuning_is_given_up_once_that_can_be_told(
+    tiny_weights, photos_dir, monkeypatch, steps, epochs
+):
+    one_epoch(monkeypatch)
+    monkeypatch.setattr(search, "TRIAL_EPOCHS", {"full": 2, "light": 1})
+    monkeypatch.setattr(search, "HOPELESS", 0)
+    monkeypatch.setattr(search, "TELLING_STEPS", steps)
+    titles, train_steps = [], search.engine.train_steps
+    monkeypatch.setattr(
+        search.engine, "train_steps", lambda *args: titles.append(args[-1]) or train_steps(*args)
+    )
+    tried = decide_here(tiny_weights, photos_dir, "--batch-size", 3).record["tried"]
+    assert {row["recipe"]: "given up" in row["how"] for row in tried if "part" in row["how"]} == {
+        "full": True,
+        "light": False,
+    }
+    # 18 or 19 photos are learned, so an epoch has 6 or 7 steps; no other fold is tried.
+    assert [title for title in titles if title.startswith("full")] == [
+        f"full fine-tuning on a part, epoch {epoch}/2" for epoch in range(1, epochs + 1)
+    ]
+
+
 def test_a_resumed_run_trains_what_was_chosen(tiny_weights, photos_dir, tmp_path, monkeypatch, capsys):
     flags = ("--recipe", "best", "--checkpoint-every", 1, "--resume", "auto")
     prefer(monkeypatch, "full")

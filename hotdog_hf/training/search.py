@@ -35,9 +35,10 @@ MIRRORED_ERRORS = 3
 ENOUGH_HELD_BACK = 75
 # Light fine-tuning is not tried if a full one has this share of the fitted heads' log-loss, or less.
 MUCH_BETTER = 0.5
-# Epochs of fine-tuning on a part of train, enough to tell how it ends. A full one is given up halfway if its
-# log-loss is over so many times that of the best head; the first epochs of a light one tell little.
-TRIAL_EPOCHS, HOPELESS = {"full": 6, "light": 4}, 2.0
+# Epochs of fine-tuning on a part of train, enough to tell how it ends. A full one is given up if its log-loss
+# is over so many times that of the best head: halfway, if it has made so many steps by then. Fewer steps tell
+# little of how it ends, as do the first epochs of a light one.
+TRIAL_EPOCHS, TELLING_STEPS, HOPELESS = {"full": 6, "light": 4}, 60, 2.0
 # With --minutes: the fewest epochs that tell what a fine-tuning is good for, the fewest that are worth
 # training on all of train, and the most. The first epoch of a light one only loses what the head had fitted.
 FEWEST_TRIAL_EPOCHS = {"full": 3, "light": 3}
@@ -331,11 +332,12 @@ class Search:
     ) -> tuple[np.ndarray, bool]:
         """Train a candidate from a fitted head on all folds but one, and test it on that one.
 
-        Returns log-probabilities [n, classes] of the held-back photos, and whether it was given up halfway.
+        Returns log-probabilities [n, classes] of the held-back photos, and whether it was given up.
         """
         learned, rows = fold
         hopeless = HOPELESS * self.board.reference().losses[rows].mean()
         job = self.build_part(way, layer, fold, epochs)
+        telling = way.recipe == "full" and epochs // 2 * len(job.train_loader) >= TELLING_STEPS
         begun, given_up = time.perf_counter(), False
         for epoch in range(1, epochs + 1):
             job.train_loader.batch_sampler.seek(epoch)
@@ -350,9 +352,9 @@ class Search:
             if epoch == 1:
                 seconds = functools.partial(float, (time.perf_counter() - begun) / len(learned))
                 self.costs.train_seconds[way.recipe] = launch.run_on_main(self.accelerator, seconds)
-            if epoch == epochs or (epoch == epochs // 2 and way.recipe == "full"):
+            if epoch == epochs or (epoch == epochs // 2 and telling):
                 outputs = self.evaluate_part(job)
-                given_up = epoch < epochs and self.board.losses(outputs, rows).mean() > hopeless
+                given_up = way.recipe == "full" and self.board.losses(outputs, rows).mean() > hopeless
                 if given_up:
                     break
         launch.release(self.accelerator)
