@@ -28,7 +28,8 @@ def decide_here(weights, data_dir, *flags):
 
 
 def one_epoch(monkeypatch):
-    """Let a fine-tuning be tried for one epoch."""
+    """Let a fine-tuning be tried for one epoch, and few photos take no more epochs than many."""
+    monkeypatch.setattr(search, "FEWEST_PASSED", 0)
     for name in ("TRIAL_EPOCHS", "FEWEST_TRIAL_EPOCHS"):
         monkeypatch.setattr(search, name, {"full": 1, "light": 1})
 
@@ -97,6 +98,7 @@ def test_photos_are_flipped_in_training_unless_their_mirror_images_are_others(
 
 def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, monkeypatch):
     one_epoch(monkeypatch)
+    monkeypatch.setattr(search, "HOPELESS", np.inf)
     shutil.copytree(photos_dir / "train", tmp_path / "train")
     draw_photos(tmp_path / "test", {"hotdog": 1, "not-hotdog": 1})
     one, other = (decide_here(tiny_weights, folder) for folder in (photos_dir, tmp_path))
@@ -205,6 +207,11 @@ def test_few_minutes_try_less_and_more_try_more(tiny_weights, photos_dir, monkey
     prefer(monkeypatch, "full")
     decide_here(tiny_weights, photos_dir, "--minutes", 100)
     assert tried == ["full", "full", "light"]
+
+
+def test_full_fine_tuning_takes_more_epochs_on_few_photos():
+    assert [search.enough_epochs("full", 8, photos) for photos in (1, 50, 150, 500)] == [40, 27, 9, 8]
+    assert search.enough_epochs("light", 6, 50) == 6
 
 
 def test_costs_follow_what_was_measured():

@@ -39,6 +39,9 @@ MUCH_BETTER = 0.5
 # is over so many times that of the best head: halfway, if it has made so many steps by then. Fewer steps tell
 # little of how it ends, as do the first epochs of a light one.
 TRIAL_EPOCHS, TELLING_STEPS, HOPELESS = {"full": 6, "light": 4}, 60, 2.0
+# A full one passes so many photos at least: of few, in more epochs (but in at most so many). Fewer steps end
+# far from where more would.
+FEWEST_PASSED, MOST_EPOCHS_OF_FEW = 1350, 40
 # With --minutes: the fewest epochs that tell what a fine-tuning is good for, the fewest that are worth
 # training on all of train, and the most. The first epoch of a light one only loses what the head had fitted.
 FEWEST_TRIAL_EPOCHS = {"full": 3, "light": 3}
@@ -57,6 +60,12 @@ def settle(config: TrainConfig, recipe: str, knobs: dict) -> TrainConfig:
     if recipe == "probe":
         given.pop("source_class", None)
     return override(RECIPES[recipe], **given | knobs)
+
+
+def enough_epochs(recipe: str, usual: int, photos: int) -> int:
+    """Return the usual number of epochs, or for full fine-tuning on few photos what makes enough steps."""
+    few = min(math.ceil(FEWEST_PASSED / photos), MOST_EPOCHS_OF_FEW)
+    return max(usual, few) if recipe == "full" else usual
 
 
 class Geometry(NamedTuple):
@@ -135,7 +144,8 @@ class Search:
         chosen = best.candidate
         if chosen.recipe in TRIAL_EPOCHS and self.config.run.minutes is not None:
             epochs = int((self.left() - self.finish_seconds(chosen)) / self.costs.training(chosen.recipe, 1))
-            epochs = int(np.clip(epochs, FEWEST_EPOCHS[chosen.recipe], MOST_EPOCHS[chosen.recipe]))
+            most = max(MOST_EPOCHS[chosen.recipe], self.epochs(chosen.recipe))
+            epochs = int(np.clip(epochs, FEWEST_EPOCHS[chosen.recipe], most))
             chosen = chosen._replace(knobs={**chosen.knobs, "epochs": epochs})
             why += f"; {epochs} epochs fit into the time"
         return chosen, why
@@ -148,9 +158,10 @@ class Search:
         cheap = sum(map(costs.features, {self.size, largest})) + costs.features(self.size)
         cheap += costs.features(largest, 1 + VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
         trials = {
-            recipe: costs.training(recipe, self.trial_size(epochs)) for recipe, epochs in TRIAL_EPOCHS.items()
+            recipe: costs.training(recipe, self.trial_size(self.trial_epochs(recipe)))
+            for recipe in TRIAL_EPOCHS
         }
-        final = {recipe: costs.training(recipe, RECIPES[recipe].optim.epochs) for recipe in TRIAL_EPOCHS}
+        final = {recipe: costs.training(recipe, self.epochs(recipe)) for recipe in TRIAL_EPOCHS}
         light = cheap + trials["full"] / 2 + trials["light"]
         ends = {
             "a fitted head": light,
@@ -160,6 +171,14 @@ class Search:
         return "expected to take " + ", ".join(
             f"{each / 60:.1f} minutes if {name} is best" for name, each in ends.items()
         )
+
+    def epochs(self, recipe: str) -> int:
+        """Return how many epochs a fine-tuning takes on all of train."""
+        return enough_epochs(recipe, RECIPES[recipe].optim.epochs, len(self.labels))
+
+    def trial_epochs(self, recipe: str) -> int:
+        """Return how many epochs a fine-tuning is tried for on a part of train."""
+        return enough_epochs(recipe, TRIAL_EPOCHS[recipe], len(self.trial_folds[0][0]))
 
     def trial_size(self, epochs: float) -> float:
         """Return how many epochs on all of train a trial of so many epochs is."""
@@ -294,7 +313,7 @@ class Search:
         self.starts.sort(key=lambda pair: pair[0].losses.mean())
         best_start = self.starts[0]
         own_start = next(pair for pair in self.starts if "image_size" not in pair[0].candidate.knobs)
-        full = {**own_start[0].candidate.knobs, **self.crop}
+        full = {**own_start[0].candidate.knobs, **self.crop, "epochs": self.epochs("full")}
         self.try_way(Candidate("full fine-tuning", "full", full), own_start[1])
         if self.config.run.minutes is not None:
             other = GENTLE_CROPS if self.crop == CROPS else CROPS
@@ -315,7 +334,7 @@ class Search:
         """Try a fine-tuning from fitted heads, if there is time for it: fewer epochs if there is little."""
         recipe = way.recipe
         room = self.left() - self.costs.training(recipe, FEWEST_EPOCHS[recipe]) - self.finish_seconds(way)
-        epochs = min(room / self.costs.training(recipe, self.trial_size(1)), TRIAL_EPOCHS[recipe])
+        epochs = min(room / self.costs.training(recipe, self.trial_size(1)), self.trial_epochs(recipe))
         if epochs < FEWEST_TRIAL_EPOCHS[recipe]:
             return
         parts = []
