@@ -28,7 +28,8 @@ class PredictConfig:
     # Choose the positive class if its probability is at least this. Unset: choose the most probable class.
     threshold: float | None = None
     # Also print the classes that together hold the true one for this share of photos like the held-out ones,
-    # such as 0.95 (split conformal prediction). Needs a model of a probe, or trained with validation photos.
+    # such as 0.95 (split conformal prediction). Needs a model of a probe or of --recipe best, or one that was
+    # trained with validation photos.
     coverage: float | None = None
     # Label a photo `unknown` if it is unlike all photos that the model was trained on, and print its distance
     # to them. Needs the features that a training keeps with its model.

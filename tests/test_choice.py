@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.special
 from conftest import TINY_MODEL, draw_photos
 from PIL import Image
 from test_resume import StopAfter, assert_same_run, train_here
@@ -13,7 +14,7 @@ from test_resume import StopAfter, assert_same_run, train_here
 from hotdog_hf.config import parse_train_config
 from hotdog_hf.data.groups import stratified_folds
 from hotdog_hf.errors import UserError
-from hotdog_hf.model import regression
+from hotdog_hf.model import regression, saved
 from hotdog_hf.training import launch, search
 from hotdog_hf.training.candidates import Board, Candidate, Costs
 from hotdog_hf.training.choice import decide
@@ -164,6 +165,7 @@ def test_a_resumed_run_trains_what_was_chosen(tiny_weights, photos_dir, tmp_path
     shutil.copy(run_dir / "choice.json", undisturbed)
     train_here(tiny_weights, photos_dir, undisturbed, *flags)
     assert_same_run(run_dir, undisturbed)
+    assert saved.calibration_of(run_dir / "model") == record["calibration"]
     card = (run_dir / "model/README.md").read_text()
     assert "and chose full fine-tuning: told" in card and "| probe, squashed, 64 pixels |" in card
     with pytest.raises(UserError, match="already holds a run"):
@@ -172,7 +174,7 @@ def test_a_resumed_run_trains_what_was_chosen(tiny_weights, photos_dir, tmp_path
 
 def test_a_fine_tuning_is_chosen_only_if_it_is_clearly_better():
     labels, rows = np.zeros(8, int), np.arange(4)
-    board = Board(labels, None)
+    board = Board(labels, None, rescale=False)
 
     def add(name, losses, *where):
         log_probabilities = np.log(np.stack([np.exp(-losses), 1 - np.exp(-losses)], axis=1))
@@ -191,6 +193,25 @@ def test_a_fine_tuning_is_chosen_only_if_it_is_clearly_better():
     # The second half, on which the head is worse, is not held against it.
     assert board.score(clear) == pytest.approx(0.3 * 0.115 / 0.2)
     assert [row["name"] for row in board.rows()] == ["given up", "clear", "chance", "head"]
+
+
+def test_a_fine_tuning_that_is_too_certain_is_compared_as_it_is_calibrated():
+    random = np.random.default_rng(0)
+    labels, rows = random.integers(0, 2, 400), np.arange(400)
+    logits = random.normal(size=(400, 2)) + np.eye(2)[labels]
+    scores = {}
+    for rescale in (True, False):
+        board = Board(labels, None, rescale)
+        board.add(Candidate("head", "source-probe", {}), np.log(np.full((400, 2), 0.5)))
+        right, certain = (
+            board.add(Candidate(str(factor), "full", {}), scipy.special.log_softmax(factor * logits, 1), rows)
+            for factor in (1, 5)
+        )
+        scores[rescale] = board.score(certain) / board.score(right)
+        assert not rescale or certain.calibration["temperature"] == pytest.approx(
+            5 * right.calibration["temperature"], rel=0.05
+        )
+    assert scores[True] == pytest.approx(1, abs=0.01) and scores[False] > 2
 
 
 def test_what_the_recipe_chooses_cannot_be_given(tiny_weights, photos_dir):

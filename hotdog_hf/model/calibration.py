@@ -111,7 +111,7 @@ def set_limit(calibration: dict | None, coverage: float, name: object) -> float:
     if not calibration:
         raise UserError(
             f"--coverage {coverage}: {name} was saved without predictions for held-out photos; train it with"
-            " --val-fraction 0.1, or by --recipe probe"
+            " --val-fraction 0.1, or by --recipe best or probe"
         )
     limit = conformal_quantile(calibration["scores"], coverage)
     if limit is None:

@@ -5,6 +5,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import scipy.special
+
+from hotdog_hf.model.calibration import calibrate, from_folds
 
 
 class Candidate(NamedTuple):
@@ -24,15 +27,25 @@ class Tried:
     rows: np.ndarray
     losses: np.ndarray
     correct: np.ndarray
-    trained: bool = False
+    # What calibrates a fine-tuning; None of a fitted head, whose penalty was chosen by such photos.
+    calibration: dict | None = None
     given_up: bool = False
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is a fine-tuning."""
+        return self.calibration is not None
 
 
 class Board:
-    """The candidates that were tried; `weights` are those of the classes in the log-loss, None: all 1."""
+    """The candidates that were tried; `weights` are those of the classes in the log-loss, None: all 1.
 
-    def __init__(self, labels: np.ndarray, weights: np.ndarray | None):
-        self.labels, self.weights = labels, weights
+    Fine-tuned networks are too certain, and are calibrated before they are compared if that is allowed
+    (`rescale`), as the chosen one will be.
+    """
+
+    def __init__(self, labels: np.ndarray, weights: np.ndarray | None, rescale: bool = True):
+        self.labels, self.weights, self.rescale = labels, weights, rescale
         self.tried: list[Tried] = []
 
     def add(
@@ -46,11 +59,17 @@ class Board:
 
         Those of a fine-tuning are in these rows [n]; a fitted head (None) was cross-validated on all photos.
         """
-        trained = rows is not None
-        rows = rows if trained else np.arange(len(self.labels))
+        calibration = None
+        if rows is None:
+            rows = np.arange(len(self.labels))
+        else:
+            held_out = from_folds(log_probabilities, self.labels[rows])
+            calibration = calibrate(held_out, self.rescale, self.weights)
+            scaled = log_probabilities / calibration["temperature"]
+            log_probabilities = scipy.special.log_softmax(scaled, axis=1)
         losses = self.losses(log_probabilities, rows)
         correct = log_probabilities.argmax(axis=1) == self.labels[rows]
-        self.tried.append(Tried(candidate, rows, losses, correct, trained, given_up))
+        self.tried.append(Tried(candidate, rows, losses, correct, calibration, given_up))
         return self.tried[-1]
 
     def losses(self, log_probabilities: np.ndarray, rows: np.ndarray) -> np.ndarray:

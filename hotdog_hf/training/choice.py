@@ -56,7 +56,7 @@ def decide(
     photos = open_photos(config.data, config.run.seed, accelerator)
     search = Search(config, accelerator, photos, stop, started)
     try:
-        chosen, why = search.run()
+        chosen, why, calibration = search.run()
     except launch.StoppedError:
         accelerator.print("stopped before anything was chosen; the same command starts again")
         return None
@@ -72,6 +72,7 @@ def decide(
         "seconds": round(time.perf_counter() - started, 1),
         "minutes": config.run.minutes,
         "mirrored": search.mirrored,
+        "calibration": calibration,
         "tried": search.board.rows(),
         "config": to_dict(settled),
     }

@@ -229,25 +229,30 @@ def draw_figures(job: Job, run_dir: Path) -> None:
 def calibrate_saved(job: Job, run_dir: Path, stop: launch.StopSignal) -> dict | None:
     """Calibrate the saved model on photos that it has not learned, if there are any; return the calibration.
 
-    A model that is calibrated already, as in a run that was stopped after that, stays as it is.
+    Those are validation photos, the folds of a fitted head, or the parts of train on which the recipe "best"
+    tested a shorter training. A model that is calibrated already, as in a run that was stopped after that,
+    stays as it is.
     """
     config, accelerator, folder = job.config, job.accelerator, run_dir / "model"
     before = launch.run_on_main(accelerator, lambda: saved.calibration_of(folder))
     if before:
         return before
-    held_out = job.held_out
+    held_out, chosen_with = job.held_out, (job.choice or {}).get("calibration")
     if not launch.any_process(accelerator, held_out is not None):
-        if job.eval_split != "validation":
+        if job.eval_split == "validation":
+            found = evaluate_saved(job, run_dir, stop, "validation")
+            logits = found.probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+            held_out = calibrations.HeldOut(logits.numpy(), found.labels.numpy(), "validation")
+        elif chosen_with is None:
             return None
-        found = evaluate_saved(job, run_dir, stop, "validation")
-        logits = found.probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
-        held_out = calibrations.HeldOut(logits.numpy(), found.labels.numpy(), "validation")
 
     def calibrate() -> dict:
         weights = None
         if config.optim.class_weights == "balanced":
             weights = heads.class_weights(np.array(list(job.photos.counts()["train"].values())))
-        calibration = calibrations.calibrate(held_out, config.run.calibrate, weights)
+        calibration = chosen_with
+        if held_out is not None:
+            calibration = calibrations.calibrate(held_out, config.run.calibrate, weights)
         with files.writing_to(run_dir):
             saved.calibrate_saved(job.meta_model, folder, job.license, calibration)
         return calibration

@@ -103,7 +103,7 @@ class Search:
         self.weights = None
         if config.optim.class_weights == "balanced":
             self.weights = heads.class_weights(np.bincount(self.labels))
-        self.board = Board(self.labels, self.weights)
+        self.board = Board(self.labels, self.weights, config.run.calibrate)
         source = load_source(config.model.model, config.model.weights, config.data.image_size)
         self.fixed_size = bool(source.pretrained_cfg.get("fixed_input_size"))
         data_config = source_data_config(source, "model", config.data.image_size)
@@ -131,11 +131,11 @@ class Search:
         """Return the seconds that are left of --minutes, the same on every process."""
         return launch.run_on_main(self.accelerator, lambda: self.end - time.perf_counter())
 
-    def run(self) -> tuple[Candidate, str]:
-        """Try the candidates; return the chosen one, and why."""
+    def run(self) -> tuple[Candidate, str, dict | None]:
+        """Try the candidates; return the chosen one, why, and what calibrates it if it is a fine-tuning."""
         if not self.folds:
             why = "a class has one photo, or copies of one, so there is nothing to test on"
-            return self.source_probe({}), why
+            return self.source_probe({}), why, None
         self.accelerator.print(self.describe_plan())
         self.try_heads()
         self.try_crops()
@@ -148,7 +148,7 @@ class Search:
             epochs = int(np.clip(epochs, FEWEST_EPOCHS[chosen.recipe], most))
             chosen = chosen._replace(knobs={**chosen.knobs, "epochs": epochs})
             why += f"; {epochs} epochs fit into the time"
-        return chosen, why
+        return chosen, why, best.calibration
 
     def describe_plan(self) -> str:
         """Return a line that says how long the run will take."""
