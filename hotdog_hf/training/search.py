@@ -200,7 +200,7 @@ class Search:
 
     def larger(self) -> int | None:
         """Return a size above the model's own that is tried too; None if the size is given or fixed."""
-        return None if self.config.data.image_size or self.fixed_size else round(self.size * 9 / 7 / 32) * 32
+        return None if self.config.data.image_size or self.fixed_size else round(self.size * 10 / 7 / 32) * 32
 
     def source_probe(self, knobs: dict, name: str = "") -> Candidate:
         """Return a source-probe with these knobs."""
