@@ -198,20 +198,19 @@ def test_a_fine_tuning_is_chosen_only_if_it_is_clearly_better():
 def test_a_fine_tuning_that_is_too_certain_is_compared_as_it_is_calibrated():
     random = np.random.default_rng(0)
     labels, rows = random.integers(0, 2, 400), np.arange(400)
-    logits = random.normal(size=(400, 2)) + np.eye(2)[labels]
+    logits = random.normal(size=(400, 2)) + np.eye(2)[labels]  # calibrated
     scores = {}
     for rescale in (True, False):
         board = Board(labels, None, rescale)
         board.add(Candidate("head", "source-probe", {}), np.log(np.full((400, 2), 0.5)))
-        right, certain = (
-            board.add(Candidate(str(factor), "full", {}), scipy.special.log_softmax(factor * logits, 1), rows)
-            for factor in (1, 5)
-        )
-        scores[rescale] = board.score(certain) / board.score(right)
-        assert not rescale or certain.calibration["temperature"] == pytest.approx(
-            5 * right.calibration["temperature"], rel=0.05
-        )
-    assert scores[True] == pytest.approx(1, abs=0.01) and scores[False] > 2
+        for factor in (0.2, 1, 5):
+            outputs = scipy.special.log_softmax(factor * logits, axis=1)
+            tried = board.add(Candidate(str(factor), "full", {}), outputs, rows)
+            scores[rescale, factor] = board.score(tried)
+            expected = 5 if rescale and factor == 5 else 1
+            assert tried.calibration["temperature"] == pytest.approx(expected, rel=0.15)
+    assert scores[True, 5] == pytest.approx(scores[True, 1], rel=0.02)
+    assert scores[True, 0.2] == scores[False, 0.2] and scores[False, 5] > 2 * scores[True, 5]
 
 
 def test_what_the_recipe_chooses_cannot_be_given(tiny_weights, photos_dir):

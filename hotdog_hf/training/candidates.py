@@ -40,8 +40,9 @@ class Tried:
 class Board:
     """The candidates that were tried; `weights` are those of the classes in the log-loss, None: all 1.
 
-    Fine-tuned networks are too certain, and are calibrated before they are compared if that is allowed
-    (`rescale`), as the chosen one will be.
+    Fine-tuned networks that are too certain are calibrated before they are compared if that is allowed
+    (`rescale`), as the chosen one will be. The others are left as they are: the longer training to come makes
+    a network more certain than it is now.
     """
 
     def __init__(self, labels: np.ndarray, weights: np.ndarray | None, rescale: bool = True):
@@ -65,6 +66,8 @@ class Board:
         else:
             held_out = from_folds(log_probabilities, self.labels[rows])
             calibration = calibrate(held_out, self.rescale, self.weights)
+            if calibration["temperature"] < 1:
+                calibration = calibrate(held_out, False, self.weights)
             scaled = log_probabilities / calibration["temperature"]
             log_probabilities = scipy.special.log_softmax(scaled, axis=1)
         losses = self.losses(log_probabilities, rows)
