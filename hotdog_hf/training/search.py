@@ -38,7 +38,7 @@ MUCH_BETTER = 0.5
 # Epochs of fine-tuning on a part of train, enough to tell how it ends. A full one is given up if its log-loss
 # is over so many times that of the best head: halfway, if it has made so many steps by then. Fewer steps tell
 # little of how it ends, as do the first epochs of a light one.
-TRIAL_EPOCHS, TELLING_STEPS, HOPELESS = {"full": 6, "light": 4}, 60, 2.0
+TRIAL_EPOCHS, TELLING_STEPS, HOPELESS = {"full": 6, "light": 6}, 60, 2.0
 # A full one passes so many photos at least: of few, in more epochs (but in at most so many). Fewer steps end
 # far from where more would.
 FEWEST_PASSED, MOST_EPOCHS_OF_FEW = 1350, 40
