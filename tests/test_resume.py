@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import safetensors.torch
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
@@ -289,6 +290,19 @@ def test_an_average_follows_weights_and_statistics_by_its_formula():
     assert "bn1.running_mean" in expected and not torch.equal(ours["fc.weight"], now["fc.weight"])
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value)
+
+
+def test_an_average_keeps_the_indices_of_a_networks_positions():
+    """Averaged and cut to whole numbers, some of them would be one less."""
+    from hotdog_hf.training import optim
+
+    net = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=8, depths=(1,), num_heads=(1,))
+    average = optim.build_average(net, decay=0.95)
+    for _ in range(3):
+        average.update_parameters(net)
+    indices = dict(net.named_buffers())
+    assert "layers.0.blocks.0.attn.relative_position_index" in indices
+    assert all(torch.equal(value, indices[name]) for name, value in average.module.named_buffers())
 
 
 @pytest.fixture

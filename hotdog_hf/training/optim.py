@@ -1,5 +1,6 @@
 """Named learning-rate groups, the optimizer over them, and a schedule that keeps their ratios."""
 
+import collections
 import math
 
 import torch
@@ -110,7 +111,9 @@ class WeightAverage(AveragedModel):
     """An exponential moving average of weights and BatchNorm statistics.
 
     The first step copies the weights; each later one sets it to decay x average + (1 - decay) x weights.
-    Equal to torch's own to the bit, whose update would copy a counter to the GPU each time, and wait for it.
+    Floating-point numbers are equal to those of torch's own to the bit, whose update would copy a counter to
+    the GPU each time, and wait for it. Whole numbers are copied: torch's rounds their average down, and the
+    indices of a Swin's relative positions, which never change, would come to point elsewhere.
     """
 
     def __init__(self, net: torch.nn.Module, decay: float):
@@ -121,14 +124,14 @@ class WeightAverage(AveragedModel):
     def update_parameters(self, model: torch.nn.Module) -> None:
         """Update the average with the weights and statistics of `model` after an optimizer step."""
         tensors = [[*net.parameters(), *net.buffers()] for net in (self.module, model)]
-        pairs = list(zip(*map(sharding.local, tensors), strict=True))  # of shards, this process's own
-        if self.n_averaged == 0:
-            for average, value in pairs:
+        blended = collections.defaultdict(list)
+        for average, value in zip(*map(sharding.local, tensors), strict=True):  # of shards, this process's own
+            if self.n_averaged == 0 or not average.is_floating_point():
                 average.copy_(value)
-        else:
-            for dtype in {average.dtype for average, _ in pairs}:
-                of_one_type = [(average, value) for average, value in pairs if average.dtype == dtype]
-                self.blend(*map(list, zip(*of_one_type, strict=True)), self.n_averaged)
+            else:
+                blended[average.dtype].append((average, value))
+        for pairs in blended.values():
+            self.blend(*map(list, zip(*pairs, strict=True)), self.n_averaged)
         self.n_averaged += 1
 
 
