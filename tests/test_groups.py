@@ -95,6 +95,16 @@ def test_groups_larger_than_their_share_leave_a_class_its_smallest():
         groups.hold_back(labels, np.where(labels == 0, 0, triples), 0.1, 0)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_no_class_is_held_back_whole(seed):
+    """The second photo of class 0 is like one of class 1, whose other photos are too many for its share."""
+    labels, together = np.array([0, 0, 1, 1, 1]), np.array([0, 1, 1, 2, 2])
+    held_back = groups.hold_back(labels, together, 0.2, seed)
+    assert set(np.delete(labels, held_back)) == set(labels[held_back]) == {0, 1}
+    with pytest.raises(ValueError, match="class 0 has too few photos for two sides: 1"):
+        groups.hold_back(labels[1:], np.array([0, 1, 2, 2]), 0.2, seed)
+
+
 def test_a_class_of_copies_alone_is_one_clear_error(tmp_path):
     draw_photos(tmp_path / "train", {"a": 1, "b": 4})
     draw_photos(tmp_path / "test", {"a": 1, "b": 1})

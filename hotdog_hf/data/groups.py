@@ -131,10 +131,18 @@ def hold_back(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int
         if all(count <= left[label] for label, count in by_class[number].items()):
             chosen.add(number)
             left.update({label: left[label] - count for label, count in by_class[number].items()})
+    kept = collections.Counter(labels.tolist())
+    for number in chosen:
+        kept.subtract(by_class[number])
     # A class whose groups are all larger than its share: its smallest, if others are left to train on.
     for label in [label for label, room in left.items() if room == targets[label] and counts[label]]:
-        own = sorted((n for n in order if label in by_class[n]), key=lambda n: len(members[n]))
-        if len(own) < 2:
+        # A group may hold the last photos of another class.
+        own = [n for n in order if label in by_class[n] and all(kept[k] > m for k, m in by_class[n].items())]
+        if not own:
             raise ValueError(f"the {counts[label]} photos of class {label} are copies of one another")
-        chosen.add(own[0])
+        smallest = min(own, key=lambda n: len(members[n]))
+        chosen.add(smallest)
+        kept.subtract(by_class[smallest])
+    if gone := [label for label, count in kept.items() if not count]:
+        raise ValueError(f"class {gone[0]} has too few photos for two sides: {counts[gone[0]]}")
     return np.sort(np.concatenate([members[number] for number in chosen]))
