@@ -133,6 +133,13 @@ def test_groups_stay_on_one_side_of_a_cut_and_of_a_fold(photos, tmp_path):
         heads.groups_of(FeatureDataset(PhotoDataset(train, None), None))
 
 
+def test_a_cell_of_spaces_is_empty(photos, tmp_path):
+    rows = [[f"train/cat/{number:03}.png", "cat", " ", " "] for number in range(2)]
+    table = write(tmp_path / "labels.csv", rows, ("path", "label", "split", "group"))
+    read = labels.read_tables(table, photos).values()
+    assert [(row.split, row.group) for row in read] == [(None, None)] * 2
+
+
 def test_what_shares_a_group_or_a_name_is_together():
     merged = groups.merge_groups(np.array([5, 5, 7, 8, 9, 9]), [None, "a", "a", "b", None, None])
     assert merged[0] == merged[1] == merged[2] and merged[4] == merged[5]

@@ -228,7 +228,7 @@ def _photo_of(values: Mapping[str, object], file: Path, data_dir: Path) -> Path:
 def _row_of(place: str, values: Mapping[str, object]) -> Row:
     """Return a row. Raises `ValueError` if its label is empty or its split is not one."""
     cells = {name: values.get(name) for name in ("label", "split", "group")}
-    cells = {name: None if cell in (None, "") else str(cell).strip() for name, cell in cells.items()}
+    cells = {name: None if cell is None else str(cell).strip() or None for name, cell in cells.items()}
     if not cells["label"]:
         raise ValueError("label is empty")
     if cells["split"] and cells["split"] not in SPLITS:
