@@ -113,7 +113,7 @@ def test_other_versions_of_the_decoders_have_other_files(cache, photo, monkeypat
     Photo(photo, cache).decode(4)
     assert cache.holds(photo, 4)
     assert not cache.holds(photo, 2)
-    monkeypatch.setattr(decoded, "_versions", lambda: ["another Pillow"])
+    monkeypatch.setattr(decoded, "decoder_versions", lambda: ["another Pillow"])
     assert not cache.holds(photo, 4)
 
 

@@ -1,12 +1,14 @@
 """What a frozen body sees: the features, their cache, and training on them instead of on the photos."""
 
 import contextlib
+import copy
 import os
 import shutil
 
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 from conftest import TINY_MODEL, network_inputs
 from faults import Faults, Killed
@@ -103,6 +105,14 @@ def test_another_body_has_other_features(net, photo_set, computed, tensor):
         net.state_dict()[tensor].view(-1)[0] += 0.5
     second = features_of(net, photo_set)
     assert len(computed) == 2 and not torch.equal(second.features, first.features)
+
+
+def test_another_network_of_the_same_tensors_has_other_features():
+    plain, other = (
+        timm.create_model(name, num_classes=2) for name in ("efficientnet_lite0", "tf_efficientnet_lite0")
+    )
+    other.load_state_dict(plain.state_dict())
+    assert features._key(other, []) != features._key(plain, []) == features._key(copy.deepcopy(plain), [])
 
 
 def test_other_facts_fewer_photos_or_another_batch_size_are_computed(net, photo_set, photos_dir, computed):

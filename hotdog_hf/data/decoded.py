@@ -75,7 +75,7 @@ class DecodedCache:
         else:
             status = Path(source).stat()
             photo = [str(Path(source).absolute()), status.st_size, status.st_mtime_ns]
-        key = hashlib.sha256(json.dumps([*photo, reduction, _versions()]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([*photo, reduction, decoder_versions()]).encode()).hexdigest()
         return self.folder / key[:2] / f"{key}.rgb"
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
@@ -108,7 +108,7 @@ class DecodedCache:
 
 
 @functools.cache
-def _versions() -> list:
+def decoder_versions() -> list:
     """Return what decides which pixels a file has: our rule, and the libraries that decode."""
     heif = metadata.version("pi-heif") if importlib.util.find_spec("pi_heif") else None
     return [DECODING_RULE, PIL.__version__, PIL.features.version("libjpeg_turbo"), heif]

@@ -16,7 +16,7 @@ import torchvision
 from accelerate import Accelerator
 
 from hotdog_hf.data import images
-from hotdog_hf.data.decoded import DECODING_RULE
+from hotdog_hf.data.decoded import decoder_versions
 from hotdog_hf.data.loaders import FeatureDataset, PhotoDataset, eval_loader
 from hotdog_hf.data.splits import Photos
 from hotdog_hf.data.transforms import Mirrored, derive_seed, eval_transform, train_transform
@@ -108,7 +108,9 @@ def _key(net: torch.nn.Module, facts: object) -> str:
     head = {id(parameter) for parameter in net.get_classifier().parameters()}
     # What decodes, resizes and computes; another version may differ in the last digits, or by more.
     versions = [library.__version__ for library in (PIL, torchvision, timm, torch)]
-    versions += [images.SPARE_SIZE, images.REDUCTIONS, DECODING_RULE]
+    versions += [images.SPARE_SIZE, images.REDUCTIONS, *decoder_versions()]
+    # Two networks of the same tensors may compute something else, as with other activations.
+    facts = [net.pretrained_cfg.get("architecture"), facts]
     digest = hashlib.sha256(json.dumps([facts, versions], default=list).encode())
     for name, value in net.state_dict(keep_vars=True).items():
         if id(value) not in head:
