@@ -139,6 +139,21 @@ def test_source_classes_are_found_by_name_or_index(source, ours, given, expected
 
 
 @pytest.mark.parametrize(
+    ("known", "ours", "expected"),
+    [
+        (["A", "a"], ["a", "A"], [(1,), (0,)]),
+        (["c", "c#", "c++"], ["c", "c++", "d"], [(0,), (2,), None]),
+        (["🌭", "🍕"], ["🌭", "🍣"], [(0,), None]),
+        (["caf\u00e9", "tea"], ["cafe\u0301", "Tea"], [(0,), (1,)]),
+    ],
+)
+def test_classes_of_a_saved_model_are_found_by_their_own_names(known, ours, expected):
+    saved = create_source(TINY_MODEL, "none")
+    saved.pretrained_cfg["label_names"] = known
+    assert heads.match_classes(saved, ours, []) == expected
+
+
+@pytest.mark.parametrize(
     ("head_init", "ours", "given"),
     [
         ("source-probe", ["pie", "stew", "hotdog"], []),

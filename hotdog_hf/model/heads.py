@@ -2,6 +2,7 @@
 
 import functools
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ import timm.data
 import torch
 from tqdm import tqdm
 
-from hotdog_hf.data.groups import content_groups, merge_groups, stratified_folds
+from hotdog_hf.data.groups import content_groups, stratified_folds
 from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import solver
@@ -70,8 +71,7 @@ def groups_of(split_features: FeatureDataset) -> np.ndarray:
     sizes = [(len(of_class), len(np.unique(of_class))) for of_class in _by_class(named, labels)]
     if any(groups < 2 <= photos for photos, groups in sizes):
         raise UserError("a probe's folds need two groups or more of every class: see the column group")
-    found = content_groups(split_features.rows)
-    return found if named is None else merge_groups(found, named.tolist())
+    return content_groups(split_features.rows)
 
 
 def _by_class(values: np.ndarray | None, labels: np.ndarray) -> list[np.ndarray]:
@@ -284,7 +284,8 @@ def match_classes(
     if "auto" in given:
         return None
     known = _source_names(source)
-    chosen = {name: (known[_plain(name)],) if _plain(name) in known else () for name in label_names}
+    same = {name: _index_of(name, known) for name in label_names}
+    chosen = {name: () if index is None else (index,) for name, index in same.items()}
     asked: dict[str, tuple[int, ...]] = {}
     for entry in given:
         name, _, value = entry.rpartition("=")
@@ -315,13 +316,13 @@ def match_classes(
 def _indices(entry: str, value: str, known: dict[str, int], num_classes: int) -> tuple[int, ...]:
     """Return the source classes that a value means: "934", "151-268", "tabby", or several with commas."""
     indices: list[int] = []
-    for part in [value] if _plain(value) in known else value.split(","):
+    for part in value.split(",") if _index_of(value, known) is None else [value]:
         span = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
         if span:
             first, last = int(span[1]), int(span[2] or span[1])
             part_indices = range(first, last + 1)
         else:
-            index = known.get(_plain(part))
+            index = _index_of(part, known)
             part_indices = [] if index is None else [index]
         if not part_indices or max(part_indices) >= num_classes:
             raise UserError(f"--source-class {entry}: the source has no class {part!r}")
@@ -351,7 +352,10 @@ def describe_sources(
 def _source_names(source: torch.nn.Module) -> dict[str, int]:
     """Return the source's class indices by name; ImageNet's classes have several names each."""
     if own := source.pretrained_cfg.get("label_names"):
-        return {_plain(name): index for index, name in enumerate(own)}
+        # Its own names first: "a" and "A" are two classes, as "c" and "c++" are.
+        exact = {name: index for index, name in enumerate(own)}
+        plain = {_plain(name): index for index, name in enumerate(own)}
+        return exact | {name: index for name, index in plain.items() if name and name not in exact}
     subset = timm.data.infer_imagenet_subset(source)
     if subset is None:
         return {}
@@ -363,5 +367,10 @@ def _source_names(source: torch.nn.Module) -> dict[str, int]:
     return names
 
 
+def _index_of(name: str, known: dict[str, int]) -> int | None:
+    return known.get(name, known.get(_plain(name)))
+
+
 def _plain(name: str) -> str:
-    return re.sub(r"[\W_]+", " ", name).strip().lower()
+    # A Mac's folders have "é" as two characters.
+    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFC", name)).strip().lower()
