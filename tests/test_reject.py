@@ -82,6 +82,20 @@ def test_as_many_photos_are_kept_as_fit_and_rare_classes_whole(monkeypatch):
     assert chosen.tolist() != neighbors.photos_to_keep(labels, 512, 1).tolist()
 
 
+def test_distances_are_of_photos_with_the_shares_of_train(monkeypatch):
+    """Of 900 and 100 photos as many are kept of each: the rare class must not count for nine."""
+    monkeypatch.setattr(neighbors, "MAX_PHOTOS", 160)
+    labels = np.repeat([0, 1], [900, 100])
+    chosen = neighbors.photos_to_keep(labels, 512, 0)
+    places = neighbors.with_usual_shares(labels, chosen, 0)
+    assert np.bincount(labels[chosen]).tolist() == [80, 80]
+    assert np.bincount(labels[chosen][places]).tolist() == [80, 9]
+    everything = np.arange(len(labels))
+    assert np.array_equal(neighbors.with_usual_shares(labels, everything, 0), everything)
+    without_some = np.arange(300), np.arange(0, 300, 2)
+    assert neighbors.with_usual_shares(*without_some, 0).size == 150
+
+
 def test_the_distance_is_that_to_the_nearest_photos_of_other_groups(monkeypatch):
     monkeypatch.setattr(neighbors, "CHUNK", 7)
     features = neighbors.unit_roots(np.random.default_rng(0).normal(size=(30, 8)))

@@ -49,12 +49,29 @@ def photos_to_keep(labels: np.ndarray, dimensions: int, seed: int) -> np.ndarray
     `labels` is [N]. Of too many, the classes get the same number, drawn from the seed; small ones stay whole.
     """
     most = min(MAX_PHOTOS, MAX_BYTES // (2 * dimensions))
+    by_class, rank = _ranks(labels, seed)
+    # The first photo of every class comes before the second of any.
+    return np.sort(by_class[np.argsort(rank, kind="stable")[:most]])
+
+
+def _ranks(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the photos [N] by class, in an order drawn from the seed, and each one's rank in its class."""
     order = np.random.default_rng(seed).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     counts = np.bincount(labels)
-    # The first photo of every class comes before the second of any.
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.sort(by_class[np.argsort(rank, kind="stable")[:most]])
+    return by_class, np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def with_usual_shares(labels: np.ndarray, chosen: np.ndarray, seed: int) -> np.ndarray:
+    """Return which of the `photos_to_keep` stand for all photos, sorted places in `chosen` [n].
+
+    As many as have every class as often as among all `labels` [N]: the distances of others would promise
+    something about photos of another kind, with more of the rare classes.
+    """
+    kept, counts = labels[chosen], np.bincount(labels)
+    share = (np.bincount(kept, minlength=len(counts)) / np.maximum(counts, 1))[counts > 0].min()
+    by_class, rank = _ranks(kept, seed)
+    return np.sort(by_class[rank < np.maximum(share * counts, 1).round()[kept[by_class]]])
 
 
 def unit_roots(features: np.ndarray) -> np.ndarray:

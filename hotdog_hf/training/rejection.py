@@ -40,6 +40,7 @@ def keep_neighbors(job: Job, net: torch.nn.Module, folder: Path, stop: launch.St
         else:
             groups = content_groups(splits["train"].select(chosen))
             found, source = neighbors.distances(features, kept, groups), "train"
+            found = found[neighbors.with_usual_shares(labels, chosen, seed)]
             found = np.random.default_rng(seed).permutation(found)[: neighbors.MAX_HELD_OUT]
         known = np.sort(found[np.isfinite(found)])
         with files.writing_to(folder):
