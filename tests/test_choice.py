@@ -11,14 +11,14 @@ from conftest import TINY_MODEL, draw_photos
 from PIL import Image
 from test_resume import StopAfter, assert_same_run, train_here
 
-from hotdog_hf.config import parse_train_config
+from hotdog_hf.config import RECIPES, override, parse_train_config
 from hotdog_hf.data.groups import stratified_folds
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import regression, saved
 from hotdog_hf.training import launch, search
 from hotdog_hf.training.candidates import Board, Candidate, Costs
 from hotdog_hf.training.choice import decide
-from hotdog_hf.training.search import Search
+from hotdog_hf.training.search import Search, settle
 
 
 def decide_here(weights, data_dir, *flags):
@@ -216,6 +216,59 @@ def test_a_fine_tuning_that_is_too_certain_is_compared_as_it_is_calibrated():
 def test_what_the_recipe_chooses_cannot_be_given(tiny_weights, photos_dir):
     with pytest.raises(UserError, match="--epochs: --recipe best chooses it"):
         decide_here(tiny_weights, photos_dir, "--epochs", 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--gradient-accumulation-steps", 20), "also tries full, for which .* --batch-size .16., got 20"),
+        (("--momentum", 0.9), "--momentum: --recipe best chooses it"),
+        (("--model", "deit_tiny_distilled_patch16_224", "--weights", "none"), "classifier is a tuple"),
+    ],
+)
+def test_what_cannot_be_trained_ends_before_the_search(tiny_weights, photos_dir, flags, message, monkeypatch):
+    monkeypatch.delattr(Search, "run")
+    with pytest.raises(UserError, match=message):
+        decide_here(tiny_weights, photos_dir, *flags)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"augmentation": "crop", "cache_features": False, "probe_views": 1}])
+def test_a_chosen_head_takes_no_flags_of_training(knobs):
+    config = parse_train_config(["--recipe", "best", "--crop-on-device", "--ema-decay", "0.9"])
+    head, trained = settle(config, "source-probe", knobs), settle(config, "full", {})
+    assert (head.data.crop_on_device, head.optim.ema_decay) == (False, 0.0)
+    assert (trained.data.crop_on_device, trained.optim.ema_decay) == (True, 0.9)
+
+
+def test_a_fine_tuning_that_diverges_is_given_up(tiny_weights, photos_dir, monkeypatch, capsys):
+    one_epoch(monkeypatch)
+    monkeypatch.setitem(RECIPES, "full", override(RECIPES["full"], learning_rate=1e30))
+    decision = decide_here(tiny_weights, photos_dir)
+    tried = {row["recipe"] for row in decision.record["tried"]}
+    assert tried == {"source-probe", "probe", "light"}
+    assert "full fine-tuning: given up, as its loss became NaN" in capsys.readouterr().out
+
+
+def test_copies_of_a_photo_are_in_one_fold_of_a_probe_that_is_tried():
+    """With copies of what was learned among the held-back photos, the weakest penalty looks best."""
+    random = np.random.default_rng(0)
+    labels, groups = np.tile(np.arange(40) % 2, 3), np.tile(np.arange(40), 3)
+    features = np.tile(random.normal(size=(40, 60)), (3, 1)) + 0.3 * labels[:, None]
+    search = object.__new__(Search)
+    search.config, search.labels, search.weights = parse_train_config([]), labels, None
+    search.folds = stratified_folds(labels, groups, 4, 0)
+    losses = []
+    for search.groups in (groups, np.arange(120)):
+        outputs = search.cross_validate_probe(features)
+        losses.append(-outputs[np.arange(120), labels].mean())
+    assert losses[0] < 0.8 * losses[1]
+
+
+@pytest.mark.parametrize(("size", "larger"), [(224, 320), (160, 224), (33, None), (32, None)])
+def test_a_larger_size_is_larger(size, larger):
+    search = object.__new__(Search)
+    search.config, search.fixed_size, search.size = parse_train_config([]), False, size
+    assert search.larger() == larger
 
 
 def test_few_minutes_try_less_and_more_try_more(tiny_weights, photos_dir, monkeypatch):

@@ -13,12 +13,12 @@ from hotdog_hf.data.splits import Photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.training import checkpoint, launch
 from hotdog_hf.training.run_dir import check_new
-from hotdog_hf.training.search import Search, settle
+from hotdog_hf.training.search import Search, check_flags, settle
 
 # What the choice decides, so that no flag may.
 CHOSEN = (
     "preprocessing augmentation min_crop_area flip train_image_size head_init probe_views freeze_body"
-    " frozen_share cache_features batch_norm epochs optimizer learning_rate schedule keep"
+    " frozen_share cache_features batch_norm epochs optimizer momentum learning_rate schedule keep"
 ).split()
 
 
@@ -46,6 +46,7 @@ def decide(
         raise UserError(
             f"--{flag}: --recipe best chooses it; set it with another recipe, such as light or full"
         )
+    check_flags(config)
     if accelerator.is_fsdp2:
         raise UserError("--recipe best does not work with FSDP: use --recipe light or full")
     record = launch.run_on_main(accelerator, lambda: _recorded(config))

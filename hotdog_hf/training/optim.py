@@ -124,8 +124,8 @@ class WeightAverage(AveragedModel):
     def update_parameters(self, model: torch.nn.Module) -> None:
         """Update the average with the weights and statistics of `model` after an optimizer step."""
         tensors = [[*net.parameters(), *net.buffers()] for net in (self.module, model)]
-        blended = collections.defaultdict(list)
-        for average, value in zip(*map(sharding.local, tensors), strict=True):  # of shards, this process's own
+        tensors, blended = map(sharding.local, tensors), collections.defaultdict(list)
+        for average, value in zip(*tensors, strict=True):  # of shards, this process's own
             if self.n_averaged == 0 or not average.is_floating_point():
                 average.copy_(value)
             else:

@@ -16,7 +16,8 @@ from hotdog_hf.config import RECIPES, TrainConfig, differences, override
 from hotdog_hf.data.groups import content_groups, stratified_folds
 from hotdog_hf.data.splits import Photos
 from hotdog_hf.data.transforms import MEMORY_FORMAT
-from hotdog_hf.model import heads
+from hotdog_hf.errors import UserError
+from hotdog_hf.model import heads, network
 from hotdog_hf.model.regression import Layer, cross_validate
 from hotdog_hf.model.source import load_source, source_data_config
 from hotdog_hf.training import engine, launch, sharding
@@ -52,6 +53,15 @@ TRAIN_SHARES = {"full": 1.0, "light": 0.7}
 FIXED_SECONDS = 12
 
 
+def check_flags(config: TrainConfig) -> None:
+    """Raise `UserError` for flags that a fine-tuning to be tried does not take: now, not after the heads."""
+    for recipe in TRIAL_EPOCHS:
+        try:
+            settle(config, recipe, {})
+        except ValueError as error:
+            raise UserError(f"--recipe best also tries {recipe}, for which {error}") from error
+
+
 def settle(config: TrainConfig, recipe: str, knobs: dict) -> TrainConfig:
     """Return the config of a candidate: its recipe and knobs, and the flags given with recipe "best"."""
     # On all of train: no photos are held back to choose an epoch, unless the user asks for it.
@@ -59,6 +69,9 @@ def settle(config: TrainConfig, recipe: str, knobs: dict) -> TrainConfig:
     given |= {**differences(config), "minutes": None}
     if recipe == "probe":
         given.pop("source_class", None)
+    if not RECIPES[recipe].optim.epochs:  # these flags are for what trains more than a fitted head
+        for name in ("crop_on_device", "ema_decay"):
+            given.pop(name, None)
     return override(RECIPES[recipe], **given | knobs)
 
 
@@ -105,6 +118,7 @@ class Search:
             self.weights = heads.class_weights(np.bincount(self.labels))
         self.board = Board(self.labels, self.weights, config.run.calibrate)
         source = load_source(config.model.model, config.model.weights, config.data.image_size)
+        network.require_linear_head(source)
         self.fixed_size = bool(source.pretrained_cfg.get("fixed_input_size"))
         data_config = source_data_config(source, "model", config.data.image_size)
         self.size = data_config["input_size"][-1]
@@ -124,8 +138,9 @@ class Search:
 
     def _folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
         train = self.photos.splits["train"]
-        groups = content_groups(train, progress=self.accelerator.is_main_process)
-        return stratified_folds(self.labels, groups, FOLDS, self.config.run.seed)
+        # Of the first process alone, which fits the heads.
+        self.groups = content_groups(train, progress=self.accelerator.is_main_process)
+        return stratified_folds(self.labels, self.groups, FOLDS, self.config.run.seed)
 
     def left(self) -> float:
         """Return the seconds that are left of --minutes, the same on every process."""
@@ -200,7 +215,8 @@ class Search:
 
     def larger(self) -> int | None:
         """Return a size above the model's own that is tried too; None if the size is given or fixed."""
-        return None if self.config.data.image_size or self.fixed_size else round(self.size * 10 / 7 / 32) * 32
+        side = round(self.size * 10 / 7 / 32) * 32
+        return None if self.config.data.image_size or self.fixed_size or side <= self.size else side
 
     def source_probe(self, knobs: dict, name: str = "") -> Candidate:
         """Return a source-probe with these knobs."""
@@ -257,8 +273,8 @@ class Search:
         """Return log-probabilities [N, classes] of the recipe "probe", each by a fit without that fold."""
         outputs = np.zeros((len(self.labels), self.labels.max() + 1))
         for learned, held_back in self.folds:
-            seed, balanced = self.config.run.seed, self.weights is not None
-            layer, _ = heads.fit_probe(features[learned], self.labels[learned], seed, (), balanced)
+            seed, balanced, groups = self.config.run.seed, self.weights is not None, self.groups[learned]
+            layer, _ = heads.fit_probe(features[learned], self.labels[learned], seed, (), balanced, groups)
             outputs[held_back] = scipy.special.log_softmax(layer.logits(features[held_back]), axis=1)
         return outputs
 
@@ -339,7 +355,12 @@ class Search:
             return
         parts = []
         for fold, layer in zip(self.trial_folds, layers, strict=False):
-            part, given_up = self.train_part(way, layer, fold, int(epochs))
+            try:
+                part, given_up = self.train_part(way, layer, fold, int(epochs))
+            except engine.NonFiniteLossError:  # on all processes at once
+                launch.release(self.accelerator)
+                self.accelerator.print(f"{way.name}: given up, as its loss became NaN or infinite")
+                return
             parts.append(part)
             if given_up:
                 break
