@@ -1,3 +1,4 @@
+import threading
 import time
 
 import pytest
@@ -5,6 +6,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import TINY_MODEL
+from test_resume import train_here
 
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import network
@@ -161,3 +163,45 @@ def test_a_classifier_that_is_not_one_linear_layer_is_refused():
     source = create_source("deit_tiny_distilled_patch16_224", "none")
     with pytest.raises(UserError, match="not one linear layer"):
         network.replace_head(source, ["a", "b"], source_data_config(source, "model"))
+
+
+def test_features_are_those_of_the_callers_own_images_while_another_thread_uses_the_network(tiny_weights):
+    net = create_source(TINY_MODEL, str(tiny_weights)).eval()
+    images, others = torch.randn(2, 2, 3, 64, 64)
+    threads = []
+
+    def meanwhile(*_):
+        if not threads:
+            threads.append(threading.Thread(target=net, args=(others,)))
+            threads[0].start()
+            threads[0].join()
+
+    expected = network.forward_with_features(net, images)[1]
+    net.layer1.register_forward_pre_hook(meanwhile)
+    assert torch.equal(network.forward_with_features(net, images)[1], expected) and threads
+
+
+@pytest.mark.parametrize("train_on_rest", [False, True])
+def test_a_single_photo_passes_a_batch_norm_behind_a_pooling(train_on_rest):
+    net = timm.create_model("mobilenetv4_conv_small_035", num_classes=2).train(train_on_rest)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with network.single_photo(net):
+        net(torch.randn(1, 3, 64, 64))
+    assert all(module.training is train_on_rest for module in net.modules())
+    changed = {
+        name.rpartition(".")[0] for name, value in net.state_dict().items() if not value.equal(before[name])
+    }
+    assert "norm_head" in {name for name, _ in net.named_modules()} - changed
+    assert ("conv_stem" in changed or "bn1" in changed) is train_on_rest
+
+
+def test_a_last_batch_of_one_photo_is_trained_on(photos_dir, tmp_path):
+    """25 photos in batches of 8."""
+    flags = ("--recipe", "scratch", "--model", "mobilenetv4_conv_small_035", "--epochs", 1, "--no-neighbors")
+    train_here("none", photos_dir, tmp_path / "run", *flags)
+
+
+def test_crops_of_another_size_need_a_network_that_takes_them(photos_dir, tmp_path):
+    flags = ("--recipe", "scratch", "--model", "test_vit", "--train-image-size", 32)
+    with pytest.raises(UserError, match="--train-image-size 32: this model takes 64 pixels alone"):
+        train_here("none", photos_dir, tmp_path / "run", *flags)

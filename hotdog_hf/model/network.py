@@ -1,8 +1,10 @@
 """A network with a new output layer, its preprocessing and its class names."""
 
+import contextlib
 import copy
 import itertools
 import math
+from collections.abc import Iterator
 
 import timm
 import torch
@@ -26,6 +28,13 @@ class Float32Linear(torch.nn.Linear):
         return "Linear"
 
 
+def require_linear_head(source: torch.nn.Module) -> None:
+    """Raise `UserError` for a network whose output layer is not one linear layer."""
+    if not isinstance(source.get_classifier(), torch.nn.Linear):
+        kind = type(source.get_classifier()).__name__
+        raise UserError(f"this model's classifier is a {kind}, not one linear layer; choose another --model")
+
+
 def replace_head(
     source: torch.nn.Module, label_names: list[str], data_config: dict, head_init: str = "xavier"
 ) -> torch.nn.Module:
@@ -35,9 +44,7 @@ def replace_head(
     Learning, section 14.2); "linear" leaves both to it. A saved model of the same classes keeps its head.
     The layer computes in float32. The model then carries `data_config` and the names.
     """
-    if not isinstance(source.get_classifier(), torch.nn.Linear):
-        kind = type(source.get_classifier()).__name__
-        raise UserError(f"this model's classifier is a {kind}, not one linear layer; choose another --model")
+    require_linear_head(source)
     in_features = source.get_classifier().in_features
     if source.pretrained_cfg.get("label_names") != label_names:
         source.reset_classifier(len(label_names))
@@ -92,6 +99,30 @@ def modules_in_eval_mode(net: torch.nn.Module, *, body: bool, batch_norm: bool) 
     return [layer for layer in layers if batch_norm or (layer.affine and not layer.weight.requires_grad)]
 
 
+@contextlib.contextmanager
+def single_photo(net: torch.nn.Module) -> Iterator[None]:
+    """Let a network in training take a batch of one photo.
+
+    A BatchNorm layer behind a pooling sees one value per channel then, which has no deviation: such a layer
+    uses its running statistics for this batch, and does not update them. The others work as always.
+    """
+    kinds, alone = torch.nn.modules.batchnorm._BatchNorm, []
+
+    def use_running_statistics(layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            alone.append(layer.eval())
+
+    layers = [module for module in net.modules() if isinstance(module, kinds) and module.training]
+    hooks = [layer.register_forward_pre_hook(use_running_statistics) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in alone:
+            layer.train()
+
+
 class Mirrored(torch.nn.Module):
     """A network that sees every image in the mirror."""
 
@@ -140,9 +171,12 @@ def forward_with_features(net: torch.nn.Module, images: torch.Tensor) -> tuple[t
             logits = net(images)
     finally:
         hook.remove()
-    if len(passed) != 1 or not (passed[0][1] is logits or torch.equal(passed[0][1], logits)):
+    # Another thread's passes through the same network are there as well.
+    found = [features for features, output in passed if output is logits]
+    found = found or [features for features, output in passed if torch.equal(output, logits)]
+    if len(found) != 1:
         raise NoFeaturesError("this model has more than one linear layer after its features; choose another")
-    return logits, passed[0][0].float()
+    return logits, found[0].float()
 
 
 def describe_head(model: torch.nn.Module) -> str:

@@ -117,7 +117,8 @@ def forward_backward(
         # DDP exchanges gradients once per step; FSDP would otherwise keep them unsharded.
         sync_gradients = sharded or number == len(micro_batches)
         with contextlib.nullcontext() if sync_gradients else accelerator.no_sync(state.model):
-            with accelerator.autocast():  # FSDP does not bring its own, as DDP does
+            alone = network.single_photo(state.model) if len(images) == 1 else contextlib.nullcontext()
+            with alone, accelerator.autocast():  # FSDP does not bring its own, as DDP does
                 logits = state.model(images).float()
             loss = F.cross_entropy(
                 logits,

@@ -163,6 +163,12 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
     accelerator.print(describe_license(config.hub.license, source_license))
     accelerator.print(f"source head: {network.describe_head(source)}")
     data_config = source_data_config(source, config.data.preprocessing, image_size)
+    side, crops = data_config["input_size"][-1], config.data.train_image_size
+    if source.pretrained_cfg.get("fixed_input_size") and crops not in (None, side):
+        raise UserError(
+            f"--train-image-size {crops}: this model takes {side} pixels alone; leave it out, or give"
+            " --image-size"
+        )
     source_head, source_classes = source.get_classifier(), None
     if head_init in SOURCE_HEADS:
         given = config.model.source_class

@@ -340,7 +340,8 @@ def _seconds_at_the_limit(job: Job) -> float | None:
     size = job.config.data.train_image_size or job.data_config["input_size"][-1]
     try:
         # On a CPU the size of a batch hardly matters, and a large one takes seconds.
-        photos = min(job.micro_batch_size, 32 if job.accelerator.device.type == "cpu" else 256)
+        most = 32 if job.accelerator.device.type == "cpu" else 256
+        photos = min(max(job.micro_batch_size, 2), most)  # see network.single_photo
         return engine.measure_speed(job.accelerator, job.net, size, photos)[0]
     except torch.OutOfMemoryError:
         job.accelerator.print("the speed on photos in memory was not measured: not enough memory")
