@@ -45,14 +45,15 @@ def main(config: PushConfig) -> None:
         raise UserError("give a model folder and a Hub name: MODEL user/name, or --dataset DIR user/name")
 
     from hotdog_hf import hub
-    from hotdog_hf.data.splits import Photos, describe, load_photos, push_photos
+    from hotdog_hf.data.folder import describe_counts
+    from hotdog_hf.data.splits import Photos, load_photos, push_photos
     from hotdog_hf.model import saved
     from hotdog_hf.model.licenses import describe_upload
 
     repo = config.names[-1]
     if config.dataset:
         photos = load_photos(config.dataset)
-        print(describe(Photos(photos, config.dataset).counts()))
+        print(describe_counts(Photos(photos, config.dataset).counts()))
         hub.check_can_push(repo, repo_type="dataset")
         print("pushed to", push_photos(photos, repo, private=config.private))
     else:

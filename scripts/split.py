@@ -38,14 +38,14 @@ class SplitConfig:
 def main(config: SplitConfig) -> None:
     """Split, and print the counts."""
     from hotdog_hf.data.divide import split_folder
+    from hotdog_hf.data.folder import describe_counts
 
     shares = {"test": config.test_fraction}
     if config.val_fraction:
         shares["validation"] = config.val_fraction
     made, left_out = split_folder(config.source, config.target, shares, config.seed, config.labels)
-    for split, classes in made.items():
-        counts = ", ".join(f"{len(files)} {name}" for name, files in classes.items())
-        print(f"{config.target}/{split}: {counts}")
+    counts = {split: {name: len(files) for name, files in own.items()} for split, own in made.items()}
+    print(describe_counts(counts))
     if left_out:
         print(
             f"left out: {len(left_out)} files not named as images or outside <class>/*, first {left_out[0]}"

@@ -12,7 +12,8 @@ from PIL import Image
 
 from hotdog_hf.config import OptimConfig
 from hotdog_hf.data import images, loaders, transforms
-from hotdog_hf.data.splits import Photos, describe, load_photos, resolve_positive, sample_photos
+from hotdog_hf.data.folder import SHOWN_CLASSES, describe_counts
+from hotdog_hf.data.splits import Photos, load_photos, resolve_positive, sample_photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.training import engine
 
@@ -62,7 +63,19 @@ def test_file_names_change_neither_split_nor_count(folder):
     photos = load_photos(folder)
     assert count_lists(photos) == {"train": [3 + len(odd), 4], "test": [2, 2]}
     assert all(images.open_photo(row).decode().mode == "RGB" for row in photos["train"])
-    assert describe(Photos(photos, folder).counts()).splitlines()[1].split() == ["train", "13", "4", "17"]
+    table = describe_counts(Photos(photos, folder).counts()).splitlines()
+    rows = [["class", "train", "test"], ["a", "13", "2"], ["b", "4", "2"], ["all", "17", "4"]]
+    assert [line.split() for line in table] == rows
+
+
+def test_the_table_of_counts_fits_on_a_screen_whatever_the_classes_are():
+    many = {f"class {number} {'x' * 20}": number for number in range(1000)}
+    table = describe_counts({"train": many, "test": {"class 0 \x1b[2J": 7}}).splitlines()
+    assert len(table) == SHOWN_CLASSES + 3 and len({len(line) for line in table}) == 1
+    assert table[-2].split()[:3] == ["951", "more", "classes"]
+    assert table[-1].split() == ["all", str(sum(many.values())), "7"]
+    assert sum(int(line.split()[-2]) for line in table[1:-1]) == sum(many.values())
+    assert all(line.isprintable() for line in table)
 
 
 @pytest.mark.parametrize("name", ["validation", "val", "valid"])

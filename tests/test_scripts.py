@@ -45,8 +45,9 @@ def test_a_run_prints_what_the_chapter_prints(chapter_run):
     final = metrics_of(run_dir)[-1]
     for line in (
         "seed 0",
-        "train             13             12             25",
-        "positive class: hotdog",
+        "not-hotdog         12          5",
+        "all                25         11",
+        "ROC-AUC are computed for the class hotdog (--positive-label)",
         "source head: Linear(in_features=96, out_features=1000, bias=True)",
         "target head: Linear(in_features=96, out_features=2, bias=True)",
         "head                              194     0.0005         0.001",
@@ -112,7 +113,7 @@ def test_three_classes_without_a_positive_one(train, tmp_path):
     assert done.returncode == 0, done.stderr
     final = metrics_of(tmp_path / "run")[-1]
     assert np.shape(final["test_confusion_matrix"]) == (3, 3) and "test_macro_f1" in final
-    assert "positive class: none" in done.stdout
+    assert "are computed as means over the classes" in done.stdout
 
 
 def test_a_tracker_gets_the_numbers(train, photos_dir, tmp_path):

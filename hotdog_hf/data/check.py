@@ -23,7 +23,7 @@ import PIL
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from hotdog_hf.data.folder import Photos, class_faults, plain_name, unused_files
+from hotdog_hf.data.folder import Photos, class_faults, describe_counts, plain_name, unused_files
 from hotdog_hf.data.images import decode_image
 from hotdog_hf.data.labels import find_photos, list_photos
 from hotdog_hf.data.similar import near_pairs
@@ -109,6 +109,13 @@ class Report:
     records: dict[Path, Record]
     findings: list[Finding]
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return the number of photos by split and class."""
+        return {
+            split: {name: len(paths) for name, paths in classes.items()}
+            for split, classes in self.photos.items()
+        }
+
     def count(self, severity: str) -> int:
         """Return the number of findings that are an "error" or a "warning"."""
         return sum(finding.severity == severity for finding in self.findings)
@@ -162,7 +169,7 @@ def require_readable(report: Report) -> None:
 def files_to_skip(
     data_dir: str | os.PathLike, policy: str, labels: Sequence[str] = (), *, progress: bool
 ) -> tuple[list[Path], str]:
-    """Check a folder as training does; return the files to skip and a line to print.
+    """Check a folder as training does; return the files to skip and what to print.
 
     With the policy "fail" a file that cannot be used is a `UserError`, with "skip" it is returned.
     """
@@ -173,14 +180,16 @@ def files_to_skip(
     command = " ".join(
         ["python scripts/check_data.py", str(data_dir), *(["--labels", *labels] if labels else [])]
     )
-    return unreadable(report), f"{summary(report)}; `{command}` lists them"
+    return unreadable(report), summary(report, command)
 
 
-def summary(report: Report) -> str:
-    """Return the number of findings of each kind in one line."""
-    kinds = collections.Counter(finding.kind for finding in report.findings)
-    found = ", ".join(f"{count} {kind} ({KINDS[kind][0]})" for kind, count in kinds.items())
-    return f"photos checked: {found or 'nothing found'}"
+def summary(report: Report, command: str) -> str:
+    """Return how many findings of each kind there are, one line per kind; `command` lists them all."""
+    lines = [f"{len(report.records)} photos checked: {'' if report.findings else 'nothing found'}".rstrip()]
+    for kind, count in collections.Counter(finding.kind for finding in report.findings).items():
+        severity, title = KINDS[kind]
+        lines.append(f"  {severity}: {title} ({count})")
+    return "\n".join([*lines, *([f"  to list them: {command}"] if report.findings else [])])
 
 
 def _unused(data_dir: str | os.PathLike, report: Report, labels: Sequence[str]) -> list[Finding]:
@@ -385,12 +394,7 @@ def _class_findings(photos: Photos) -> Iterator[Finding]:
 
 def describe(report: Report) -> str:
     """Return a table of photo counts, one line per class, and every kind of finding with its first files."""
-    names = sorted(set().union(*report.photos.values()))
-    width = max(map(len, ["class", *names]))
-    lines = [" ".join([f"{'class':<{width}}", *(f"{split:>10}" for split in report.photos)])]
-    for name in names:
-        counts = [len(classes.get(name, [])) for classes in report.photos.values()]
-        lines.append(" ".join([f"{name:<{width}}", *(f"{count:>10}" for count in counts)]))
+    lines = describe_counts(report.counts()).split("\n")
     for kind, (severity, title) in KINDS.items():
         messages = [finding.message for finding in report.findings if finding.kind == kind]
         if messages:
@@ -408,10 +412,7 @@ def write_report(report: Report, path: str | os.PathLike) -> None:
     content = {
         "errors": report.count("error"),
         "warnings": report.count("warning"),
-        "counts": {
-            split: {name: len(paths) for name, paths in classes.items()}
-            for split, classes in report.photos.items()
-        },
+        "counts": report.counts(),
         "findings": [{"severity": finding.severity, **vars(finding)} for finding in report.findings],
     }
     try:

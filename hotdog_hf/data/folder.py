@@ -7,12 +7,12 @@ import difflib
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hotdog_hf.config import DEFAULT_DATA_DIR, SAMPLE_DATA_DIR
 from hotdog_hf.data.images import HEIF_SUFFIXES, IMAGE_SUFFIXES
-from hotdog_hf.errors import UserError
+from hotdog_hf.errors import UserError, printable
 
 SPLIT_FOLDERS = {
     "train": ("train",),
@@ -23,6 +23,8 @@ SPLIT_FOLDERS = {
 SAMPLE_MARKER = "sample.json"
 # What operating systems and their zips leave between photos, besides names that start with a dot.
 SYSTEM_NAMES = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "Icon\r"})
+# Classes that the table of counts names before it only says how many more there are.
+SHOWN_CLASSES = 50
 
 Photos = dict[str, dict[str, list[Path]]]
 
@@ -72,6 +74,18 @@ def list_photos(data_dir: str | os.PathLike, incomplete: bool = False) -> Photos
                 " which `python scripts/split.py` creates from <class>/ folders"
             )
     return files
+
+
+def describe_counts(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Return a table of photo counts by split and class: one line per class, and one for all of them."""
+    names = list(dict.fromkeys(name for by_class in counts.values() for name in by_class))
+    rows = [(printable(name), *(own.get(name, 0) for own in counts.values())) for name in names]
+    if more := rows[SHOWN_CLASSES:]:
+        sums = [sum(column) for column in list(zip(*more, strict=True))[1:]]
+        rows[SHOWN_CLASSES:] = [(f"{len(more)} more classes", *sums)]
+    rows = [("class", *counts), *rows, ("all", *(sum(own.values()) for own in counts.values()))]
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"{name:<{width}}" + "".join(f" {each:>10}" for each in row) for name, *row in rows)
 
 
 def is_hidden(name: str) -> bool:

@@ -19,13 +19,13 @@ from hotdog_hf.config import DEFAULT_DATA_DIR, SAMPLE_DATA_DIR, DataConfig
 from hotdog_hf.data import check, labels, stream
 from hotdog_hf.data.decoded import HEAD, DecodedCache
 from hotdog_hf.data.download import download_photos
+from hotdog_hf.data.folder import describe_counts
 from hotdog_hf.data.images import REDUCIBLE, Photo, source_of
 from hotdog_hf.data.sample import draw_sample
 from hotdog_hf.data.splits import (
     HUB_DATA_PREFIX,
     Photos,
     cut_validation,
-    describe,
     load_splits,
     photos_to_hold_back,
 )
@@ -76,7 +76,7 @@ def open_photos(config: DataConfig, seed: int, accelerator: Accelerator) -> Phot
     if fault:
         raise UserError(fault)
     accelerator.print(found.summary)
-    accelerator.print(describe(photos.counts()))
+    accelerator.print(describe_counts(photos.counts()))
     return photos
 
 

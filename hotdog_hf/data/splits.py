@@ -251,13 +251,6 @@ def select_image_and_label(
     return rows.select_columns(list(names)).rename_columns(renamed)
 
 
-def describe(counts: dict[str, dict[str, int]]) -> str:
-    """Return a table of photo counts, one line per split and one column per class."""
-    rows = [["split", *counts["train"], "all"]]
-    rows += [[split, *by_class.values(), sum(by_class.values())] for split, by_class in counts.items()]
-    return "\n".join(" ".join(f"{value:>14}" for value in row) for row in rows)
-
-
 def push_photos(photos: datasets.DatasetDict, repo: str, *, private: bool = False) -> str:
     """Upload photos as a data set of the Hub, files unchanged, and return its URL."""
     with hub_errors(repo):

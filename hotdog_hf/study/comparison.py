@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from hotdog_hf import files, templates
 from hotdog_hf.config import command_of
-from hotdog_hf.data.splits import describe
+from hotdog_hf.data.folder import describe_counts
 from hotdog_hf.errors import UserError
 from hotdog_hf.study.plan import COMPARED, ReproduceConfig
 from hotdog_hf.study.results import write_results
@@ -103,7 +103,7 @@ def write(studies: list[Study], accelerator: Accelerator) -> None:
     page = templates.load("study/comparison.md.j2").render(
         command=resume_command(folder),
         folders=[
-            {"name": study.photos.data_dir, "counts": describe(study.photos.counts()), "rows": table}
+            {"name": study.photos.data_dir, "counts": describe_counts(study.photos.counts()), "rows": table}
             for study, table in zip(studies, tables, strict=True)
         ],
         overall=overall(tables),

@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from hotdog_hf import files
 from hotdog_hf.config import DataConfig, override
 from hotdog_hf.data import transforms
+from hotdog_hf.data.folder import describe_counts
 from hotdog_hf.data.prepare import open_photos
-from hotdog_hf.data.splits import Photos, describe, resolve_positive
+from hotdog_hf.data.splits import Photos, resolve_positive
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import heads
 from hotdog_hf.model.source import create_source, input_size, load_source, source_data_config
@@ -178,7 +179,7 @@ def write(study: Study, zero_shot: dict | None, accelerator: Accelerator) -> Non
     folder, results, left = study.folder, study.results, len(study.queue)
     facts = {
         "command": resume_command(folder),
-        "counts_table": describe(study.photos.counts()),
+        "counts_table": describe_counts(study.photos.counts()),
         "hardware": launch.describe_hardware(accelerator),
         "versions": launch.describe_versions(),
         "missing": left,

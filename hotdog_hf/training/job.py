@@ -108,7 +108,8 @@ def build(config: TrainConfig, accelerator: Accelerator, photos: Photos | None =
     eval_split = "validation" if "validation" in photos.splits else "test"
     if config.run.keep == "best" and eval_split == "test":
         raise UserError("--keep best needs a validation split: add --val-fraction 0.1")
-    accelerator.print(f"positive class: {positive_label or 'none, so macro averages'}")
+    about = f"for the class {positive_label}" if positive_label else "as means over the classes"
+    accelerator.print(f"precision, recall, F1 and ROC-AUC are computed {about} (--positive-label)")
 
     model = build_model(config, accelerator, photos, workers)
     photos = model.photos

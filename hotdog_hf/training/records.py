@@ -69,7 +69,11 @@ def scores_of(row: dict, split: str) -> dict:
 
 
 def describe_epoch(row: dict, eval_split: str) -> str:
-    """Return the line printed after an epoch, with the scores of `eval_split` if it was evaluated."""
+    """Return the line printed after an epoch, with the scores of `eval_split` if it was evaluated.
+
+    Epoch 0 is the start of a run whose output layer was fitted before any training.
+    """
+    title = f"epoch {row['epoch']}" if row["epoch"] else "epoch 0 (the fitted output layer)"
     parts = []
     for split in ("train", eval_split):
         if f"{split}_loss" in row:
@@ -77,7 +81,7 @@ def describe_epoch(row: dict, eval_split: str) -> str:
                 f"{split} loss {row[f'{split}_loss']:.3f}",
                 f"{split} acc {row[f'{split}_accuracy']:.3f}",
             ]
-    return f"epoch {row['epoch']}: {', '.join(parts)}, {row['examples_per_second']:.1f} examples/sec"
+    return f"{title}: {', '.join(parts)}, {row['examples_per_second']:.1f} examples/sec"
 
 
 def final_row(rows: list[dict], test_scores: dict, seconds: float) -> dict:
