@@ -38,8 +38,8 @@ bench: install  ## measure speed, memory and time to accuracy: make bench DATA=m
 audit: install  ## look through photos before training: make audit DATA=my/photos (default: the drawn sample)
 	$(PYTHON) scripts/audit.py $(or $(DATA),data/sample --model tf_efficientnet_lite0 --weights bundled)
 
-report: install $(filter $(DEMO)/model,$(MODEL))  ## evaluate a model: make report MODEL=runs/mine/model DATA=my/photos (default: the demo's)
-	$(PYTHON) scripts/report.py $(MODEL) --data-dir $(or $(DATA),data/sample)
+report: install $(filter $(DEMO)/model,$(MODEL))  ## evaluate a model on its run's photos: make report MODEL=runs/mine/model (default: the demo's; DATA=my/photos for others)
+	$(PYTHON) scripts/report.py $(MODEL) $(if $(DATA),--data-dir $(DATA))
 
 # The demo's model, if it is asked for and is not there yet.
 $(DEMO)/model:

@@ -1,9 +1,9 @@
 """Evaluate a saved model on a split of photos: metrics with intervals, predictions, and an HTML page.
 
-python scripts/report.py runs/demo/model --data-dir data/sample            # writes report/report.html
+python scripts/report.py runs/demo/model                         # writes report/report.html
 python scripts/report.py user/name --data-dir my/photos --split validation --output-dir my/report
-python scripts/report.py runs/demo/model --foreign other/photos            # how many of them are unknown
-accelerate launch scripts/report.py runs/demo/model --data-dir data/sample # on all GPUs, same results
+python scripts/report.py runs/demo/model --foreign other/photos  # how many of them are unknown
+accelerate launch scripts/report.py runs/demo/model              # on all GPUs, same results
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from hotdog_hf.config import DEFAULT_DATA_DIR, DataConfig
+from hotdog_hf.config import DataConfig
 from hotdog_hf.errors import exit_on_user_error
 
 
@@ -23,7 +23,8 @@ class ReportConfig:
     # Folder of a saved model, or a Hub name (user/name, optionally with @revision).
     model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
     # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*, or hf://datasets/user/name.
-    data_dir: str = DEFAULT_DATA_DIR
+    # Unset: the run's, if MODEL is in its run's folder.
+    data_dir: str | None = None
     # Tables of labels (CSV or JSON lines) that override the folders: path,label[,split][,group].
     # Unset: the run's, if MODEL is in its run's folder and these are its photos.
     labels: tuple[str, ...] = ()
@@ -52,12 +53,14 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
-        self.photos()
+        self.photos("")
 
-    def photos(self, usual_fraction: float = 0.0, usual_labels: tuple[str, ...] = ()) -> DataConfig:
+    def photos(
+        self, data_dir: str, usual_fraction: float = 0.0, usual_labels: tuple[str, ...] = ()
+    ) -> DataConfig:
         """Return the photos as a training config."""
         return DataConfig(
-            data_dir=self.data_dir,
+            data_dir=data_dir,
             labels=self.labels or usual_labels,
             val_fraction=usual_fraction if self.val_fraction is None else self.val_fraction,
             bad_images=self.bad_images,
@@ -74,15 +77,15 @@ def main(config: ReportConfig) -> None:
     from hotdog_hf.training import launch
 
     folder = page.check_output_dir(config.output_dir)
-    # In float32, like scripts/predict.py and every other loader of the folder.
-    accelerator = launch.build_accelerator("no")
+    accelerator = launch.build_accelerator("no")  # in float32, like scripts/predict.py and other loaders
     net = runner.load_model(accelerator, config.model)
+    knobs = runner.run_knobs(config.model)
+    data_dir = config.data_dir or runner.data_dir_of_run(knobs, config.model)
     if config.foreign:
         runner.check_can_reject(net, config.model, config.foreign)
-    knobs = runner.run_knobs(config.model)
-    fraction, seed, labels = runner.photos_of_run(knobs, config.data_dir)
+    fraction, seed, labels = runner.photos_of_run(knobs, data_dir)
     seed = seed if config.seed is None else config.seed
-    photos = runner.load_photos(accelerator, config.photos(fraction, labels), config.split, seed)
+    photos = runner.load_photos(accelerator, config.photos(data_dir, fraction, labels), config.split, seed)
     if warning := runner.older_cut(config.model, photos):
         accelerator.print(warning)
     evaluation = runner.evaluate(

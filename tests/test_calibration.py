@@ -159,7 +159,8 @@ def test_a_probe_is_calibrated_by_its_folds_and_resumes_as_it_is(photos_dir, tin
     facts = saved.calibration_of(tmp_path / "run/model")
     assert facts["temperature"] == final["temperature"] and facts["held_out"] == "out-of-fold"
     assert len(facts["scores"]) == facts["photos"] == 25
-    assert "Log-loss before calibration" in (tmp_path / "run/model/README.md").read_text()
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert "Log-loss before calibration" in card and "seed 0: the output layer was fitted to features" in card
     weights = (tmp_path / "run/model/model.safetensors").read_bytes()
     again = run(*command, "--resume", "auto")
     assert again.returncode == 0, again.stderr

@@ -16,7 +16,7 @@ from hotdog_hf.data.groups import stratified_folds
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import regression, saved
 from hotdog_hf.training import launch, search
-from hotdog_hf.training.candidates import Board, Candidate, Costs
+from hotdog_hf.training.candidates import HEADER, Board, Candidate, Costs
 from hotdog_hf.training.choice import decide
 from hotdog_hf.training.search import Search, settle
 
@@ -168,6 +168,7 @@ def test_a_resumed_run_trains_what_was_chosen(tiny_weights, photos_dir, tmp_path
     assert saved.calibration_of(run_dir / "model") == record["calibration"]
     card = (run_dir / "model/README.md").read_text()
     assert "and chose full fine-tuning: told" in card and "| probe, squashed, 64 pixels |" in card
+    assert "multiplied by the ratio of the two" in card
     with pytest.raises(UserError, match="already holds a run"):
         train_here(tiny_weights, photos_dir, run_dir, *flags[:-2])
 
@@ -193,6 +194,10 @@ def test_a_fine_tuning_is_chosen_only_if_it_is_clearly_better():
     # The second half, on which the head is worse, is not held against it.
     assert board.score(clear) == pytest.approx(0.3 * 0.115 / 0.2)
     assert [row["name"] for row in board.rows()] == ["given up", "clear", "chance", "head"]
+    lines = [board.describe(each) for each in board.tried]
+    assert lines[0].split() == ["0.300", "±", "0.038", "1.000", "±", "0.000", "8", "head"]
+    place = HEADER.index("tried on parts of train")
+    assert [line[place:] for line in lines] == ["head", "chance", "given up (given up)", "clear"]
 
 
 def test_a_fine_tuning_that_is_too_certain_is_compared_as_it_is_calibrated():

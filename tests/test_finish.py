@@ -1,6 +1,7 @@
 """The end of a run: evaluations that are stopped, the numbers of the card, and what is written first."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from hotdog_hf.errors import UserError
 from hotdog_hf.model import saved
 from hotdog_hf.model.network import data_config_of, label_names_of
 from hotdog_hf.model.source import load_source
-from hotdog_hf.training import engine, launch, records
+from hotdog_hf.training import card, engine, launch, records
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_what_a_run_found_is_written_before_its_speed_is_measured(
     monkeypatch.setattr(engine, "measure_speed", no_memory)
     train_here(tiny_weights, photos_dir, tmp_path / "run", "--epochs", 1)
     said = capsys.readouterr().out
-    assert "was not measured: not enough memory" in said and "of the speed on photos in memory" not in said
+    assert "was not measured: not enough memory" in said and "photos decoded in memory" not in said
     final = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert "share_of_limit" not in final
 
@@ -218,3 +219,34 @@ def test_a_gpu_that_waited_for_photos_is_told_of_crops_on_the_device(flags, devi
     final = {"loading_seconds": loading, "computing_seconds": 5.0}
     line = records.waiting_hint(final, parse_train_config(flags), device)
     assert ("--crop-on-device" in line) if hint else line is None
+
+
+def test_the_last_lines_say_where_everything_is_and_what_to_do_next():
+    final = {"train_loss": 0.5, "train_accuracy": 0.75, "test_accuracy": 0.7, "examples_per_second": 12.3}
+    final |= {"loading_seconds": 1, "computing_seconds": 20, "evaluating_seconds": 3, "seconds": 40}
+    told = records.describe_final(final | {"share_of_limit": 0.9}, Path("runs/a"), "1 x cpu").splitlines()
+    assert told[1] == "12.3 examples/sec on 1 x cpu, 90% of the speed with all photos decoded in memory"
+    assert told[2] == "40 s in all, of which 1 loading photos, 20 training, 3 evaluating"
+    assert all(len(line) <= 100 for line in told)
+    assert "report:   python scripts/report.py runs/a/model" in told
+    final |= {"test_loss": 0.3, "test_calibration_error": 0.02}
+    final |= {"test_uncalibrated_loss": 0.4, "test_uncalibrated_calibration_error": 0.05}
+    for temperature, words in (
+        (0.8, "calibrated with temperature 0.800: test loss 0.4000 -> 0.3000, calibration error 0.0500 ->"),
+        (1.0, "probabilities are as trained (temperature 1): test calibration error 0.0200"),
+    ):
+        told = records.describe_final(final | {"temperature": temperature}, Path("runs/a"), "1 x cpu")
+        assert told.splitlines()[1].startswith(words)
+
+
+def test_epoch_0_is_said_to_be_the_fitted_output_layer():
+    row = {"train_loss": 0.5, "train_accuracy": 0.75, "examples_per_second": 12.3}
+    told = [records.describe_epoch(row | {"epoch": epoch}, "test") for epoch in (0, 1)]
+    assert told[0].startswith("epoch 0 (the fitted output layer): train loss 0.500, train acc 0.750")
+    assert told[1].startswith("epoch 1: train loss 0.500")
+
+
+def test_the_cards_interval_has_a_width_even_if_no_photo_is_wrong():
+    scores, counts = {"test_confusion_matrix": [[6, 0], [0, 5]]}, {"test": {"a": 6, "b": 5}}
+    limits = card._limits(["a", "b"], counts, scores, None)
+    assert "The 95 % interval of its accuracy is 0.741 to 1.000 (Wilson)" in limits

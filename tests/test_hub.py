@@ -78,3 +78,15 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path, harm, message):
     harm(folder)
     with pytest.raises(UserError, match=message):
         saved.load_model(folder)
+
+
+def test_what_was_meant_instead_of_a_model_is_said(tmp_path, monkeypatch):
+    folder = saved.save_model(target(), tmp_path / "run/model")
+    (tmp_path / "run/config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"it has no model.safetensors; give {folder}$"):
+        saved.load_model(tmp_path / "run")
+    with pytest.raises(UserError, match="there is no such folder"):
+        saved.load_model(tmp_path / "other/model")
+    monkeypatch.chdir(tmp_path)  # a name that may be one on the Hub
+    with pytest.raises(UserError, match=r"for run/nodel, .*; nor is there a folder run/nodel"):
+        saved.load_model("run/nodel")

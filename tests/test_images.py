@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from hotdog_hf.data import transforms
-from hotdog_hf.data.images import Photo, decode_image, resize_and_crop
+from hotdog_hf.data.images import Photo, decode_image, describe_preprocessing, resize_and_crop
 from hotdog_hf.errors import UserError
 
 
@@ -142,3 +142,17 @@ def test_a_photo_that_needs_no_reduction_keeps_its_bits(tmp_path):
     for transform in (crop, whole):
         full = transform.pixels(decode_image(tmp_path / "small.jpg"), 1)
         assert torch.equal(transform.pixels(Photo(tmp_path / "small.jpg"), 1), full)
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("squash", "resized to 50 x 40 pixels whatever their aspect ratio (bicubic)"),
+        (None, "resized to cover 50 x 40 pixels with their aspect ratio kept (bicubic)"),
+        ("border", "resized to fit into 50 x 40 pixels with their aspect ratio kept (bicubic)"),
+    ],
+)
+def test_preprocessing_is_told_in_words(mode, words):
+    config = {"input_size": (3, 32, 40), "crop_pct": 0.8, "crop_mode": mode, "interpolation": "bicubic"}
+    told = describe_preprocessing(config | {"mean": (0.5, 0.25, 1 / 3), "std": (1, 1, 0.125)})
+    assert told.startswith(f"{words}, the central 40 x 32 cropped, normalised by mean (0.5, 0.25, 0.3333)")

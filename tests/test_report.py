@@ -472,7 +472,7 @@ def test_validation_is_what_the_run_held_back(photos_dir, tmp_path, script):
         "run": {"seed": 4},
     }
     (tmp_path / "run/config.json").write_text(json.dumps(knobs))
-    flags = {"data_dir": str(photos_dir), "output_dir": str(tmp_path / "report")}
+    flags = {"output_dir": str(tmp_path / "report")}  # the photos are the run's, too
     script["main"](script["ReportConfig"](str(tmp_path / "run/model"), split="validation", **flags))
     held_back = load_photos(photos_dir, 0.3, 4)["validation"]
     names = Photos({"validation": held_back}, photos_dir).names("validation")
@@ -480,6 +480,9 @@ def test_validation_is_what_the_run_held_back(photos_dir, tmp_path, script):
     assert photos_of_run(run_knobs(tmp_path / "run/model"), tmp_path) == (0.0, 0, ())
     script["main"](script["ReportConfig"](str(tmp_path / "run/model"), val_fraction=0.0, **flags))
     assert json.loads((tmp_path / "report/metrics.json").read_text())["threshold"] is None
+    (tmp_path / "run/config.json").unlink()
+    with pytest.raises(UserError, match="is not in the folder of the run that trained it: add --data-dir"):
+        script["main"](script["ReportConfig"](str(tmp_path / "run/model"), **flags))
 
 
 @pytest.mark.parametrize(("identity", "warned"), [({}, True), ({"cut_by_content": True}, False)])

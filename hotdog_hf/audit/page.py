@@ -64,13 +64,13 @@ def write_fixes(path: str, audit: Audit) -> int:
 
 def describe(audit: Audit) -> str:
     """Return the table for the terminal: every number with its interval, and what was counted."""
-    rows = [f"{'':<44}{'value':>8}{'low':>8}{'high':>8}"]
+    rows = [f"{'with the 95 % interval from low to high':<44}{'value':>8}{'low':>8}{'high':>8}"]
     curve = audit.curve
     for name, entry in (
         ("accuracy to expect (cross-validated probe)", audit.accuracy),
         ("log-loss", audit.loss),
-        (f"accuracy with {2 * curve.sizes[-1]} training photos", curve.forecast),
-        ("what twice the photos gain", curve.gain),
+        (f"forecast: accuracy with {2 * curve.sizes[-1]} photos", curve.forecast),
+        ("forecast: gain from twice the photos", curve.gain),
     ):
         rows.append(f"{name:<44}" + "".join(f"{value:8.3f}" for value in entry.values()))
     counts = {
@@ -82,8 +82,10 @@ def describe(audit: Audit) -> str:
     }
     rows += [f"{name:<44}{count:8}" for name, count in counts.items()]
     rows.append(advice(audit))
-    for path, label, suggested, confidence in suggestions(audit)[:5]:
-        rows.append(f"{printable(path)}: labelled {label}, looks like {suggested} ({confidence:.2f})")
+    if found := suggestions(audit):
+        rows.append(f"{len(found)} photos are predicted to be of another class than their label, first:")
+    for path, label, suggested, confidence in found[:5]:
+        rows.append(f"  {printable(path)}: labelled {label}, looks like {suggested} ({confidence:.2f})")
     return "\n".join(rows)
 
 

@@ -40,7 +40,10 @@ def find_photos(data_dir: str | os.PathLike) -> Photos:
 def check_is_folder(data_dir: str | os.PathLike) -> None:
     """Raise `UserError` for a data folder that does not exist."""
     if not Path(data_dir).is_dir():
-        raise UserError(f"no such data folder: {data_dir} (see --data-dir; `make demo` works without one)")
+        raise UserError(
+            f"no such data folder: {data_dir}; give one with train/<class>/ and test/<class>/, which"
+            " `python scripts/split.py` makes from <class>/ folders, or try `make demo`, which needs none"
+        )
 
 
 def check_data_dir(data_dir: str) -> None:

@@ -246,6 +246,22 @@ def resized_and_cropped(image: Photo | Image.Image, data_config: dict) -> Image.
     return canvas
 
 
+def describe_preprocessing(data_config: dict) -> str:
+    """Return in words what `preprocess` does."""
+    mode, (height, width) = data_config.get("crop_mode") or "center", data_config["input_size"][-2:]
+    scaled = " x ".join(map(str, _scaled(data_config)))
+    resized = {
+        "squash": f"resized to {scaled} pixels whatever their aspect ratio",
+        "center": f"resized to cover {scaled} pixels with their aspect ratio kept",
+        "border": f"resized to fit into {scaled} pixels with their aspect ratio kept",
+    }.get(mode, mode)
+    mean, std = (", ".join(f"{value:.4g}" for value in data_config[name]) for name in ("mean", "std"))
+    return (
+        f"{resized} ({data_config['interpolation']}), the central {width} x {height} cropped,"
+        f" normalised by mean ({mean}) and standard deviation ({std})"
+    )
+
+
 def reduced(image: Photo | Image.Image, data_config: dict) -> Image.Image:
     """Decode a photo at the smallest size that is enough for `resize_and_crop`; return an RGB image as is."""
     return image.decode(reduction_of(image, data_config)) if isinstance(image, Photo) else image
@@ -256,11 +272,15 @@ def reduction_of(photo: Photo, data_config: dict) -> int:
     return photo.reduction_for(_resized(photo.size, data_config))
 
 
+def _scaled(data_config: dict) -> list[int]:
+    """Return the width and height that the crop is taken from."""
+    height, width = data_config["input_size"][-2:]
+    return [math.floor(side / (data_config.get("crop_pct") or 0.875)) for side in (width, height)]
+
+
 def _resized(size: tuple[int, int], data_config: dict) -> tuple[int, int]:
     """Return the width and height to resize to before the crop, rounded as timm and torchvision do."""
-    mode, crop_pct = data_config.get("crop_mode") or "center", data_config.get("crop_pct") or 0.875
-    height, width = data_config["input_size"][-2:]
-    scaled = [math.floor(side / crop_pct) for side in (width, height)]
+    mode, scaled = data_config.get("crop_mode") or "center", _scaled(data_config)
     if mode == "squash":
         return tuple(scaled)
     if mode == "center" and scaled[0] == scaled[1]:

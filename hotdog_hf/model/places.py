@@ -22,9 +22,13 @@ def is_on_hub(name: str | os.PathLike) -> bool:
 
 def check_model_folder(folder: str | os.PathLike, name: str | os.PathLike) -> None:
     """Raise `UserError` for a folder that is no saved model; the message calls it `name`."""
+    if not Path(folder).exists():
+        raise UserError(f"{name} is not a saved model: there is no such folder")
     for file in MODEL_FILES:
         if not (Path(folder) / file).is_file():
-            raise UserError(f"{name} is not a saved model: it has no {file}")
+            inside = Path(folder) / "model"
+            hint = f"; give {inside}" if (inside / file).is_file() else "; give the folder model/ of a run"
+            raise UserError(f"{name} is not a saved model: it has no {file}{hint}")
 
 
 def check_weights(weights: str) -> None:

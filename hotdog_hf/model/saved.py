@@ -103,12 +103,16 @@ def load_model(name: str | os.PathLike, image_size: int | None = None) -> torch.
     folder = Path(name)
     if is_on_hub(name):
         repo, _, revision = str(name).removeprefix(HUB_PREFIX).partition("@")
-        with hub_errors(repo):
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    repo, revision=revision or None, allow_patterns=[*MODEL_FILES, neighbors.FILE]
+        patterns = [*MODEL_FILES, neighbors.FILE]
+        try:
+            with hub_errors(repo):
+                found = huggingface_hub.snapshot_download(
+                    repo, revision=revision or None, allow_patterns=patterns
                 )
-            )
+        except UserError as error:
+            here = "" if str(name).startswith(HUB_PREFIX) else f"; nor is there a folder {name}"
+            raise UserError(f"{error}{here}") from error
+        folder = Path(found)
     check_model_folder(folder, name)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

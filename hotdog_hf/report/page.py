@@ -34,9 +34,11 @@ check_output_dir = functools.partial(webpage.check_output_dir, files=FILES, what
 
 def describe(summary: dict) -> str:
     """Return a table of the metrics, one line each."""
-    rows = [f"{'':<40}{'value':>8}{'low':>8}{'high':>8}"]
+    rows = [f"{'with the 95 % interval from low to high':<40}{'value':>8}{'low':>8}{'high':>8}"]
     for name, entry in summary["values"].items():
         rows.append(f"{METRIC_NAMES[name]:<40}" + "".join(f"{value:8.4f}" for value in entry.values()))
+    if positive := summary["positive_label"]:
+        rows.append(f"precision, recall, F1, ROC-AUC, average precision: of the class {printable(positive)}")
     for level in (summary["rejection"] or {"levels": []})["levels"]:
         foreign = "" if level["caught"] is None else f", {level['caught']:.1%} of the foreign ones"
         unknown = f"{1 - level['kept']:.1%} of these photos{foreign}"

@@ -211,6 +211,14 @@ def run_knobs(model: str) -> list[tuple[str, str, object]]:
     return []
 
 
+def data_dir_of_run(knobs: Sequence[tuple[str, str, object]], model: str) -> str:
+    """Return the data folder that the model's run has trained on; `UserError` if there is no run."""
+    knob = {name: value for _, name, value in knobs}
+    if "data_dir" not in knob:
+        raise UserError(f"{model} is not in the folder of the run that trained it: add --data-dir my/photos")
+    return knob["data_dir"]
+
+
 def photos_of_run(
     knobs: Sequence[tuple[str, str, object]], data_dir: str
 ) -> tuple[float, int, tuple[str, ...]]:

@@ -9,6 +9,9 @@ import scipy.special
 
 from hotdog_hf.model.calibration import calibrate, from_folds
 
+# Stands above the lines that describe candidates. The numbers come first, as names are of any length.
+HEADER = f"{'log-loss':<16}{'accuracy':<16}{'photos':>6}  tried on parts of train"
+
 
 class Candidate(NamedTuple):
     """A recipe that may be chosen: its name in the table, and the knobs that differ from a named one."""
@@ -137,17 +140,11 @@ class Board:
         }
 
     def describe(self, tried: Tried) -> str:
-        """Return a line of the table."""
+        """Return a line of the table below `HEADER`."""
         row = self.row(tried)
-        return (
-            f"{row['name']:<64} {row['log_loss']:>7.3f} ± {row['log_loss_se']:.3f}"
-            f" {row['accuracy']:>7.3f} ± {row['accuracy_se']:.3f}  {row['photos']} photos, {row['how']}"
-        )
-
-    def table(self) -> str:
-        """Return all candidates, the lowest log-loss first."""
-        head = f"{'tried on parts of train':<64} {'log-loss':>9}        {'accuracy':>8}"
-        return "\n".join([head, *(self.describe(each) for each in sorted(self.tried, key=self.score))])
+        numbers = [f"{row[name]:.3f} ± {row[f'{name}_se']:.3f}" for name in ("log_loss", "accuracy")]
+        given_up = " (given up)" if tried.given_up else ""
+        return f"{numbers[0]:<16}{numbers[1]:<16}{row['photos']:>6}  {row['name']}{given_up}"
 
 
 @dataclasses.dataclass

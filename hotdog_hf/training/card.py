@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
+import scipy.stats
 
+from hotdog_hf.data.images import describe_preprocessing
 from hotdog_hf.files import write_text
 from hotdog_hf.metrics import CARD_METRICS, MAX_TABLE_CLASSES, most_confused
 from hotdog_hf.model.licenses import card_license, license_warning
@@ -118,12 +120,10 @@ def _summary(label_names: list[str], counts: dict, scores: dict, source: str) ->
 
 
 def _usage(folder: Path, data_config: dict) -> str:
-    size = "x".join(str(side) for side in data_config["input_size"][1:])
     return f"""## Use
 
-The input is {size} pixels ({data_config["interpolation"]}, {data_config["crop_mode"]} crop of
-{data_config["crop_pct"]:.3f}); every loader below reads that from `config.json`. Replace `MODEL` by the
-folder or the Hub name.
+Photos are {describe_preprocessing(data_config)}. Every loader below reads that from `config.json`. Replace
+`MODEL` by the folder of this card, or by its name on the Hub.
 
 ```python
 # transformers
@@ -170,12 +170,14 @@ def _results(label_names: list[str], scores: dict, positive_label: str | None, t
     if "test_balanced_accuracy" in scores:
         rows.insert(1, f"| Accuracy, mean over classes | {scores['test_balanced_accuracy']:.4f} |")
     if "temperature" in scores:
-        rows += [
-            f"| Log-loss | {scores['test_loss']:.4f} |",
-            f"| Log-loss before calibration | {scores['test_uncalibrated_loss']:.4f} |",
-            f"| Calibration error | {scores['test_calibration_error']:.4f} |",
-            f"| Calibration error before | {scores['test_uncalibrated_calibration_error']:.4f} |",
-        ]
+        changed = scores["temperature"] != 1
+        rows.append(f"| Log-loss | {scores['test_loss']:.4f} |")
+        if changed:
+            rows.append(f"| Log-loss before calibration | {scores['test_uncalibrated_loss']:.4f} |")
+        rows.append(f"| Calibration error | {scores['test_calibration_error']:.4f} |")
+        if changed:
+            before = scores["test_uncalibrated_calibration_error"]
+            rows.append(f"| Calibration error before calibration | {before:.4f} |")
     if len(label_names) > MAX_TABLE_CLASSES:
         confusion = ["\n| true class | predicted as | photos |\n| --- | --- | --- |"]
         confusion += [
@@ -189,9 +191,10 @@ def _results(label_names: list[str], scores: dict, positive_label: str | None, t
             f"| **{_text(name)}** | {' | '.join(map(str, row))} |"
             for name, row in zip(label_names, scores["test_confusion_matrix"], strict=True)
         ]
+    photos = sum(test_counts.values())
     return "\n".join(
         [
-            f"## Results\n\nOn the test split ({sum(test_counts.values())} photos), which chose nothing:\n",
+            f"## Results\n\nOn the {photos} photos of test, which no choice depended on:\n",
             "| metric | value |\n| --- | --- |",
             *rows,
             *confusion,
@@ -208,12 +211,14 @@ def _training(facts: CardFacts) -> str:
     columns = list(by_class["train"])
     table = [f"| split | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
     table += [f"| {split} | {' | '.join(map(str, own.values()))} |" for split, own in by_class.items()]
-    knobs = ", ".join(f"{name} {value}" for name, value in config["optim"].items())
+    knobs = ": " + ", ".join(f"{name} {value}" for name, value in config["optim"].items())
+    if not config["optim"]["epochs"]:
+        knobs = ": the output layer was fitted to features of the pretrained network, which did not change"
     return "\n".join(
         [
             "## Training\n\nPhotos:\n",
             *table,
-            f"\nRecipe {config['recipe']}, seed {config['run']['seed']}: {knobs}.",
+            f"\nRecipe {config['recipe']}, seed {config['run']['seed']}{knobs}.",
             f"\nHardware: {_text(facts.hardware)}. {facts.versions}.",
         ]
     )
@@ -232,8 +237,8 @@ def _choice(choice: dict) -> str:
             "| candidate | log-loss | accuracy | photos |",
             "| --- | --- | --- | --- |",
             *rows,
-            "\nThe log-loss of a candidate that was tested on a part is that of the best cross-validated one,"
-            " plus their difference there.",
+            "\nA fine-tuning is tested on a part of these photos, so its log-loss on all is estimated:"
+            " that of the best fitted output layer, multiplied by the ratio of the two on that part.",
         ]
     )
 
@@ -242,7 +247,7 @@ def _limits(label_names: list[str], counts: dict, scores: dict, neighbors: Neigh
     matrix, total = scores["test_confusion_matrix"], sum(counts["test"].values())
     wrong = total - sum(row[index] for index, row in enumerate(matrix))
     worst, confused, times = next(iter(most_confused(matrix, 1)), (0, 0, 0))
-    error = (scores["test_accuracy"] * (1 - scores["test_accuracy"]) / total) ** 0.5
+    interval = scipy.stats.binomtest(total - wrong, total).proportion_ci(method="wilson")
     mistakes = (
         f"It was wrong on {wrong} of {total} test photos; most often ({times} times) it"
         f" took {_text(label_names[worst])} for {_text(label_names[confused])}."
@@ -251,11 +256,10 @@ def _limits(label_names: list[str], counts: dict, scores: dict, neighbors: Neigh
     )
     return (
         "## Limits and intended use\n\n"
-        "Meant for photos like those it was trained on. It always predicts one of its"
-        f" {len(label_names)} classes, also for pictures of anything else{_rejection(neighbors)}."
-        f" {mistakes} With {total} test"
-        f" photos the accuracy has a standard error of {error:.1%}. Try it on your own photos before you rely"
-        " on it; it is not made for decisions about people."
+        "Meant for photos like those it was trained on. For a picture of anything else it still names one of"
+        f" its {len(label_names)} classes.{_rejection(neighbors)} {mistakes} The 95 % interval of its"
+        f" accuracy is {interval.low:.3f} to {interval.high:.3f} (Wilson), as {total} photos tell no more."
+        " Try the model on your own photos before you rely on it; it is not made for decisions about people."
     )
 
 
@@ -263,12 +267,12 @@ def _rejection(neighbors: Neighbors | None) -> str:
     limit = usual_limit(neighbors and neighbors.held_out_distances)
     if limit is None:
         return ""
-    source = (
-        "validation photos" if neighbors.held_out == "validation" else "training photos, among the others"
-    )
+    source = "training photos, each compared with the others,"
+    if neighbors.held_out == "validation":
+        source = "validation photos"
     return (
-        ", unless it may say `unknown` (with hotdog_hf: `predict.py --reject`), as of pictures farther"
-        f" than {limit:.4f} from the nearest of {len(neighbors.features)} training photos, whose features"
-        f" are in `neighbors.safetensors`; {KEEP:.0%} of {len(neighbors.held_out_distances)} {source} are"
-        " nearer"
+        " With hotdog_hf, `predict.py --reject` says `unknown` for a photo that is farther than"
+        f" {limit:.4f} from the {len(neighbors.features)} training photos whose features are in"
+        f" `neighbors.safetensors`. The limit was chosen so that {KEEP:.0%} of"
+        f" {len(neighbors.held_out_distances)} {source} are nearer."
     )

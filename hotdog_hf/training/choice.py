@@ -62,7 +62,7 @@ def decide(
         accelerator.print("stopped before anything was chosen; the same command starts again")
         return None
     settled = settle(config, chosen.recipe, chosen.knobs)
-    accelerator.print(f"{search.board.table()}\nchosen: {chosen.name}: {why}")
+    accelerator.print(f"chosen: {chosen.name}, as {why}")
     record = {
         "chosen": chosen.name,
         "why": why,

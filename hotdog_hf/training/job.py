@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from hotdog_hf.config import FITTED_HEADS, SOURCE_HEADS, TrainConfig
 from hotdog_hf.data import loaders, stream, transforms
+from hotdog_hf.data.images import describe_preprocessing
 from hotdog_hf.data.on_device import DevicePhotoDataset
 from hotdog_hf.data.prepare import choose_cache, open_photos
 from hotdog_hf.data.splits import Photos, resolve_positive
@@ -178,7 +179,7 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
     net = network.replace_head(source, photos.label_names, data_config, head_init)
     net = net.to(accelerator.device, memory_format=transforms.MEMORY_FORMAT)
     accelerator.print(f"target head: {network.describe_head(net)}")
-    accelerator.print(f"preprocessing: {data_config}")
+    accelerator.print(f"photos in evaluation: {describe_preprocessing(data_config)}")
     photos = keep_decoded(config, accelerator, photos, data_config)
     if config.model.freeze_body:
         network.freeze_body(net)

@@ -119,18 +119,21 @@ def calibration_row(probabilities: np.ndarray, labels: np.ndarray, temperature: 
 
 
 def describe_final(final: dict, run_dir: Path, hardware: str) -> str:
-    """Return the chapter's closing lines, where the time went, and where the results are."""
+    """Return the chapter's closing lines, where the time went, where the results are, and what to do next."""
     share = final.get("share_of_limit")
-    limit = "" if share is None else f"; {share:.0%} of the speed on photos in memory"
+    limit = "" if share is None else f", {share:.0%} of the speed with all photos decoded in memory"
     return (
         f"loss {final['train_loss']:.3f}, train acc {final['train_accuracy']:.3f}, "
         f"test acc {final['test_accuracy']:.3f}\n"
         f"{_describe_calibration(final)}"
-        f"{final['examples_per_second']:.1f} examples/sec on {hardware}, {final['seconds']:.0f} s in all: "
-        f"{final['loading_seconds']:.0f} loading, {final['computing_seconds']:.0f} computing, "
-        f"{final['evaluating_seconds']:.0f} evaluating{limit}\n"
-        f"model: {run_dir}/model   numbers: {run_dir}/metrics.jsonl"
-        f"   pictures: {run_dir}/curves.png, {run_dir}/samples.png"
+        f"{final['examples_per_second']:.1f} examples/sec on {hardware}{limit}\n"
+        f"{final['seconds']:.0f} s in all, of which {final['loading_seconds']:.0f} loading photos, "
+        f"{final['computing_seconds']:.0f} training, {final['evaluating_seconds']:.0f} evaluating\n"
+        f"model:    {run_dir}/model\n"
+        f"numbers:  {run_dir}/metrics.jsonl\n"
+        f"pictures: {run_dir}/curves.png, {run_dir}/samples.png\n"
+        f"report:   python scripts/report.py {run_dir}/model\n"
+        f"predict:  python scripts/predict.py {run_dir}/model PHOTO"
     )
 
 
@@ -149,6 +152,9 @@ def waiting_hint(final: dict, config: TrainConfig, device_type: str) -> str | No
 def _describe_calibration(final: dict) -> str:
     if "temperature" not in final:
         return ""
+    if final["temperature"] == 1:
+        error = final["test_calibration_error"]
+        return f"probabilities are as trained (temperature 1): test calibration error {error:.4f}\n"
     return (
         f"calibrated with temperature {final['temperature']:.3f}: test loss"
         f" {final['test_uncalibrated_loss']:.4f} -> {final['test_loss']:.4f}, calibration error"

@@ -21,7 +21,7 @@ from hotdog_hf.model import heads, network
 from hotdog_hf.model.regression import Layer, cross_validate
 from hotdog_hf.model.source import load_source, source_data_config
 from hotdog_hf.training import engine, launch, sharding
-from hotdog_hf.training.candidates import Board, Candidate, Costs, Tried
+from hotdog_hf.training.candidates import HEADER, Board, Candidate, Costs, Tried
 from hotdog_hf.training.features import FeatureExtractor
 from hotdog_hf.training.job import Job, build, keep_decoded
 
@@ -151,7 +151,7 @@ class Search:
         if not self.folds:
             why = "a class has one photo, or copies of one, so there is nothing to test on"
             return self.source_probe({}), why, None
-        self.accelerator.print(self.describe_plan())
+        self.accelerator.print(f"{self.describe_plan()}\n{HEADER}")
         self.try_heads()
         self.try_crops()
         self.try_training()
@@ -168,7 +168,7 @@ class Search:
     def describe_plan(self) -> str:
         """Return a line that says how long the run will take."""
         if self.config.run.minutes is not None:
-            return f"the whole run shall take {self.config.run.minutes:g} minutes; trying what fits"
+            return f"the whole run may take {self.config.run.minutes:g} minutes; trying what fits"
         costs, largest = self.costs, self.larger() or self.size
         cheap = sum(map(costs.features, {self.size, largest})) + costs.features(self.size)
         cheap += costs.features(largest, 1 + VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
@@ -179,12 +179,12 @@ class Search:
         final = {recipe: costs.training(recipe, self.epochs(recipe)) for recipe in TRIAL_EPOCHS}
         light = cheap + trials["full"] / 2 + trials["light"]
         ends = {
-            "a fitted head": light,
+            "a fitted output layer": light,
             "light fine-tuning": light + final["light"],
             "full fine-tuning": cheap + trials["full"] + final["full"],
         }
-        return "expected to take " + ", ".join(
-            f"{each / 60:.1f} minutes if {name} is best" for name, each in ends.items()
+        return "minutes this is expected to take: " + ", ".join(
+            f"{each / 60:.1f} if {name} is best" for name, each in ends.items()
         )
 
     def epochs(self, recipe: str) -> int:
