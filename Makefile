@@ -38,7 +38,7 @@ bench: install  ## measure speed, memory and time to accuracy: make bench DATA=m
 audit: install  ## look through photos before training: make audit DATA=my/photos (default: the drawn sample)
 	$(PYTHON) scripts/audit.py $(or $(DATA),data/sample --model tf_efficientnet_lite0 --weights bundled)
 
-report: install $(filter $(DEMO)/model,$(MODEL))  ## evaluate a model on its run's photos: make report MODEL=runs/mine/model (default: the demo's; DATA=my/photos for others)
+report: install $(filter $(DEMO)/model,$(MODEL))  ## evaluate a model on its run's photos: make report MODEL=runs/mine/model (default: the demo's)
 	$(PYTHON) scripts/report.py $(MODEL) $(if $(DATA),--data-dir $(DATA))
 
 # The demo's model, if it is asked for and is not there yet.

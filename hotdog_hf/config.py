@@ -330,12 +330,13 @@ class TrainConfig:
     The default is the recipe of Dive into Deep Learning, section 14.2. Any flag overrides its recipe.
     """
 
-    # Named set of defaults. "chapter" fine-tunes a pretrained network, "scratch" trains the same network from
-    # random weights, "frozen" trains only the output layer, "class-vector" fine-tunes from the source
-    # classifier's own rows, "probe" fits the output layer by a regression and stops, "source-probe" does the
-    # same around what the source says of these classes, "light" fine-tunes the upper half of the body from
-    # there at a small rate, "full" all of it at a large one, "best" tries these on parts of train and takes
-    # the best.
+    # Named set of defaults. "chapter" fine-tunes a pretrained network as in the book, "scratch" trains the
+    # same network from random weights, "frozen" trains only the output layer, "class-vector" is "chapter"
+    # with an output layer that starts from the source classifier's weights for these classes. "probe" fits
+    # the output layer to the network's features by logistic regression, "source-probe" does so starting from
+    # what the source classifier says of these classes; "light" then fine-tunes the upper half of the network
+    # at a small rate, "full" all of it at a large rate. "best" tries several of these on parts of train and
+    # trains the best.
     recipe: Literal[
         "chapter", "scratch", "frozen", "class-vector", "probe", "source-probe", "light", "full", "best"
     ] = "chapter"

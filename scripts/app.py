@@ -17,7 +17,8 @@ from hotdog_hf.errors import exit_on_user_error
 class AppConfig:
     """Serve a model as a web app, for this machine alone unless told otherwise. Ctrl-C ends it."""
 
-    # Folder of a saved model, a name on the Hub, or a .onnx file made by scripts/export.py (without torch).
+    # Folder of a saved model (model/ of a run), a name on the Hub, or a .onnx file made by scripts/export.py,
+    # which needs no torch.
     model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
     # Data folder whose test photos are offered as examples. Unset: the one that the run trained on.
     data_dir: str | None = None

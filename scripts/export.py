@@ -20,7 +20,7 @@ from hotdog_hf.errors import exit_on_user_error
 class ExportConfig:
     """Export a saved model to ONNX, checked against PyTorch before it is written."""
 
-    # Folder of a saved model.
+    # Folder of a saved model (model/ of a run).
     model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
     # File to write, *.onnx; it holds the class names and the preprocessing too. With --web, a folder.
     out: Annotated[str, Positional, tyro.conf.arg(metavar="OUT")]

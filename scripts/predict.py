@@ -19,7 +19,7 @@ from hotdog_hf.errors import UserError, exit_on_user_error, message_of
 class PredictConfig:
     """Predict the class of images. Exit code 1: some could not be read; they are named on stderr."""
 
-    # Folder of a saved model, or a .onnx file made by scripts/export.py.
+    # Folder of a saved model (model/ of a run), a name on the Hub, or a .onnx file made by scripts/export.py.
     model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
     # Image files, folders (searched recursively), quoted patterns, or - for paths on stdin, one per line.
     paths: Annotated[list[str], Positional, tyro.conf.arg(metavar="PATH...")]

@@ -10,7 +10,7 @@ Log in once with `hf auth login`, or set HF_TOKEN.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -23,7 +23,7 @@ class PushConfig:
     """Upload a trained model, or with --dataset a folder of photos, to the Hugging Face Hub."""
 
     # Folder to upload (a run's model/), then the Hub name user/name; with --dataset only the name.
-    names: Positional[tuple[str, ...]]
+    names: Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="MODEL user/name")]
     # Data folder to upload as an image-classification data set instead.
     dataset: str | None = None
     # Upload a Space around the model: the web app of scripts/app.py, which the Hub runs (gradio), or the page

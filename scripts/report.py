@@ -20,7 +20,7 @@ from hotdog_hf.errors import exit_on_user_error
 class ReportConfig:
     """Evaluate a saved model on a split of photos, and write metrics.json, predictions.csv, report.html."""
 
-    # Folder of a saved model, or a Hub name (user/name, optionally with @revision).
+    # Folder of a saved model (model/ of a run), or a Hub name (user/name, optionally with @revision).
     model: Annotated[str, Positional, tyro.conf.arg(metavar="MODEL")]
     # Folder with train/<class>/* and test/<class>/*, optionally validation/<class>/*, or hf://datasets/user/name.
     # Unset: the run's, if MODEL is in its run's folder.

@@ -1,6 +1,7 @@
 """Every command and snippet of the pages is run here, on a tiny model, or listed with the reason why not."""
 
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -157,6 +158,9 @@ def lay_out(folder, photos_dir):
     """Make the folder that the pages' commands and snippets find: two models and photos."""
     for name in ("demo", "mine"):
         saved.save_model(target(), folder / "runs" / name / "model")
+    # What report.py reads of the run: its photos, which split.py makes.
+    knobs = {"recipe": "chapter", "data": {"data_dir": "my/photos", "val_fraction": 0.0}, "run": {"seed": 0}}
+    (folder / "runs/mine/config.json").write_text(json.dumps(knobs))
     shutil.copytree(photos_dir / "train", folder / "pictures")
     (folder / "data/sample/test/hotdog").mkdir(parents=True)
     for name in ("photo.jpg", "data/sample/test/hotdog/0000.jpg"):
