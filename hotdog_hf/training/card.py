@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-import scipy.stats
 
 from hotdog_hf.data.images import describe_preprocessing
 from hotdog_hf.files import write_text
@@ -244,6 +243,8 @@ def _choice(choice: dict) -> str:
 
 
 def _limits(label_names: list[str], counts: dict, scores: dict, neighbors: Neighbors | None) -> str:
+    import scipy.stats  # takes a second, and no run waits for it at its start
+
     matrix, total = scores["test_confusion_matrix"], sum(counts["test"].values())
     wrong = total - sum(row[index] for index, row in enumerate(matrix))
     worst, confused, times = next(iter(most_confused(matrix, 1)), (0, 0, 0))
