@@ -1,5 +1,6 @@
 """Every command and snippet of the pages is run here, on a tiny model, or listed with the reason why not."""
 
+import ast
 import importlib
 import json
 import re
@@ -167,6 +168,16 @@ def lay_out(folder, photos_dir):
         shutil.copy(photos_dir / "test/hotdog/000.png", folder / name)
 
 
+def snippet_of(page):
+    [snippet] = re.findall(r"```python\n(.*?)```", TEXTS[page], flags=re.DOTALL)
+    return snippet
+
+
+def test_only_the_snippets_that_are_run_are_there():
+    pages = [page for page in PAGES if "```python" in TEXTS[page]]
+    assert pages == ["README.md", "scripts/README.md"]
+
+
 def test_the_other_commands_work_one_after_the_other(photos_dir, tiny_weights, tmp_path):
     lay_out(tmp_path, photos_dir)
     shutil.copy(tiny_weights, tmp_path / "my.safetensors")
@@ -181,14 +192,15 @@ def test_the_other_commands_work_one_after_the_other(photos_dir, tiny_weights, t
                 words += ["--model", TINY_MODEL, "--image-size", "64", "--weights", "my.safetensors"]
             done = run(*words, cwd=tmp_path, **server.environment(tmp_path / "home"))
             assert done.returncode == 0, command + done.stderr
+    done = run("python", "-c", snippet_of("scripts/README.md"), cwd=tmp_path)  # uses an exported file
+    assert set(ast.literal_eval(done.stdout)) == {"hotdog", "not-hotdog"}, done.stderr
     assert set(server.repos) == {("model", "user/name"), ("dataset", "user/photos")}
 
 
 def test_the_python_snippet_runs(photos_dir, tmp_path, monkeypatch, capsys):
     lay_out(tmp_path, photos_dir)
     monkeypatch.chdir(tmp_path)
-    [snippet] = re.findall(r"```python\n(.*?)```", "".join(TEXTS.values()), flags=re.DOTALL)
-    exec(snippet, {})
+    exec(snippet_of("README.md"), {})
     probabilities = eval(capsys.readouterr().out)
     assert set(probabilities) == {"hotdog", "not-hotdog"} and sum(probabilities.values()) == pytest.approx(1)
 
