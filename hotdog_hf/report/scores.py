@@ -32,7 +32,10 @@ def label_order(data_names: Sequence[str], label_names: Sequence[str]) -> np.nda
     """Return the model's index of every class of the data; `UserError` if they are not the same."""
     if only := sorted(set(data_names) ^ set(label_names)):
         where = [f"{name!r} (only in the {'data' if name in data_names else 'model'})" for name in only]
-        raise UserError(f"the classes of the model and of the data do not agree: {', '.join(where)}")
+        raise UserError(
+            f"the classes of the model and of the data do not agree: {', '.join(where)};"
+            " give --data-dir photos of the model's classes"
+        )
     return np.array([list(label_names).index(name) for name in data_names])
 
 
