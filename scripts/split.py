@@ -38,7 +38,7 @@ class SplitConfig:
 def main(config: SplitConfig) -> None:
     """Split, and print the counts."""
     from hotdog_hf.data.divide import split_folder
-    from hotdog_hf.data.folder import describe_counts
+    from hotdog_hf.data.folder import describe_counts, heic_hint
 
     shares = {"test": config.test_fraction}
     if config.val_fraction:
@@ -49,6 +49,7 @@ def main(config: SplitConfig) -> None:
     if left_out:
         print(
             f"left out: {len(left_out)} files not named as images or outside <class>/*, first {left_out[0]}"
+            + heic_hint(config.source)
         )
     print(f"to look for broken and misplaced files: python scripts/check_data.py {config.target}")
 

@@ -1,12 +1,13 @@
 """Photos of iPhones: read with pi-heif, named by the check without it."""
 
 import base64
+import shutil
 
 import numpy as np
 import pytest
 from conftest import draw_photos
 
-from hotdog_hf.data import check, folder, images
+from hotdog_hf.data import check, divide, folder, images
 from hotdog_hf.data.splits import load_photos
 from hotdog_hf.errors import UserError
 
@@ -52,3 +53,17 @@ def test_without_its_library_the_check_names_a_heic_photo(photos, monkeypatch):
     monkeypatch.setattr(folder, "IMAGE_SUFFIXES", images.IMAGE_SUFFIXES - images.HEIF_SUFFIXES)
     [finding] = check.check_folder(photos, cache_file=None, progress=False).findings
     assert finding.kind == "heic" and "[heic]" in check.KINDS["heic"][1]
+
+
+def test_a_folder_of_heic_photos_alone_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "IMAGE_SUFFIXES", images.IMAGE_SUFFIXES - images.HEIF_SUFFIXES)
+    for place in ("cat", "dog"):
+        (tmp_path / "pictures" / place).mkdir(parents=True)
+        (tmp_path / "pictures" / place / "IMG_1.HEIC").write_bytes(HEIC)
+    with pytest.raises(UserError, match=r"found none; HEIC files need pip install -e \"\.\[heic\]\""):
+        divide.split_folder(tmp_path / "pictures", tmp_path / "photos", {"test": 0.2}, 0)
+    for split in ("train", "test"):
+        shutil.copytree(tmp_path / "pictures", tmp_path / "photos" / split)
+    with pytest.raises(UserError, match=r"no image in .*train/cat; .*; HEIC files need"):
+        folder.find_photos(tmp_path / "photos")
+    assert folder.heic_hint(tmp_path / "nothing") == ""

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hotdog_hf.data import labels as label_tables
-from hotdog_hf.data.folder import Photos, find_photos, list_classes, unused_files
+from hotdog_hf.data.folder import Photos, find_photos, heic_hint, list_classes, unused_files
 from hotdog_hf.data.groups import file_groups, hold_back, merge_groups
 from hotdog_hf.errors import UserError
 from hotdog_hf.files import replacing_folder, writing_to
@@ -48,7 +48,9 @@ def split_folder(
     classes, group_of = label_tables.relabel(classes, labels, root)
     if len(classes) < 2:
         found = ", ".join(classes) or "none"
-        raise UserError(f"{root} needs at least two folders of photos, one per class; found {found}")
+        raise UserError(
+            f"{root} needs at least two folders of photos, one per class; found {found}{heic_hint(root)}"
+        )
     with writing_to(made), replacing_folder(made) as part:
         digests = {
             name: {

@@ -118,6 +118,13 @@ def _image_files(folder: Path) -> list[Path]:
     )
 
 
+def heic_hint(folder: str | os.PathLike) -> str:
+    """Return what to install if a folder has HEIC files (phones write them) that cannot be read; else ""."""
+    unread = HEIF_SUFFIXES - IMAGE_SUFFIXES
+    found = any(path.suffix.lower() in unread for path in Path(folder).rglob("*"))
+    return '; HEIC files need pip install -e ".[heic]"' if found else ""
+
+
 def class_faults(data_dir: str | os.PathLike, files: Photos) -> list[str]:
     """Return what is wrong with the classes: too few, not the same in each split, or without photos."""
     root = Path(data_dir)
@@ -135,7 +142,10 @@ def class_faults(data_dir: str | os.PathLike, files: Photos) -> list[str]:
             )
         for name, paths in classes.items():
             if not paths:
-                faults.append(f"no image in {root}/{split}/{name}; every class needs photos in every split")
+                faults.append(
+                    f"no image in {root}/{split}/{name}; every class needs photos in every split"
+                    + heic_hint(root / split / name)
+                )
     return faults
 
 
