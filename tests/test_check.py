@@ -361,3 +361,16 @@ def test_the_progress_bar_is_for_terminals(photos, capsys, monkeypatch):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
         check.check_folder(photos, cache_file=None, progress=progress)
         assert ("checking photos" in capsys.readouterr().err) == shown
+
+
+def test_what_training_prints_of_the_check_is_in_words():
+    findings = [check.Finding(kind, "a") for kind in ("near-leak", "near-leak", "hidden")]
+    command = "python scripts/check_data.py my/photos"
+    told = check.summary(check.Report({}, {Path("a"): check.Record()}, findings), command)
+    assert told.splitlines() == [
+        "1 photos checked:",
+        "  warning: photos that look like one of an earlier split (2)",
+        "  warning: hidden and system files; they are not used (1)",
+        f"  to list them: {command}",
+    ]
+    assert check.summary(check.Report({}, {}, []), command) == "0 photos checked: nothing found"
