@@ -15,6 +15,8 @@ from hotdog_hf.errors import UserError
 
 # An unfinished file older than this was left by a killed process.
 SECONDS_TO_WRITE = 3600
+# Added to the name of a folder while another takes its place: people give their own copies other names.
+REPLACED = ".replaced"
 
 
 def write_json(path: Path, content: object) -> None:
@@ -37,7 +39,7 @@ def replacing_file(file: Path) -> Iterator[Path]:
     an hour.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    for left in file.parent.glob("*.part"):
+    for left in file.parent.glob(f"*.{'[0-9a-f]' * 16}.part"):
         if time.time() - left.stat().st_mtime > SECONDS_TO_WRITE:
             left.unlink(missing_ok=True)
     part = file.with_name(f"{file.name}.{secrets.token_hex(8)}.part")
@@ -64,10 +66,10 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill, and rename it to `folder` at the end, replacing an earlier one.
 
     A kill at any moment leaves the earlier folder or the new one complete: at its place or, between the two
-    renames, as `<folder>.old`. The next call deletes what is left beside it. Everyone who may read the folder
-    may read the files, even if their writer restricts them to the user (as safetensors does).
+    renames, as `<folder>.replaced`. The next call deletes what is left beside it. Everyone who may read the
+    folder may read the files, even if their writer restricts them to the user (as safetensors does).
     """
-    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
+    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}{REPLACED}")
     _restore(folder, old)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -352,11 +352,11 @@ def labelled(net):
 def test_a_fault_while_a_model_is_saved_leaves_the_earlier_or_the_new_one(
     faults, tmp_path, kind, killed_before
 ):
-    """Between two renames it is `model.old`; the next save, which a resumed run makes, puts all right."""
+    """Between two renames it is `model.replaced`; the next save, of a resumed run, puts all right."""
     nets = [labelled(network("test_resnet")) for _ in range(2)]
     torch.nn.init.ones_(nets[1].get_classifier().weight)
     [earlier, later] = [net.get_classifier().weight for net in nets]
-    folder, old = tmp_path / "model", tmp_path / "model.old"
+    folder, old = tmp_path / "model", tmp_path / "model.replaced"
 
     def save_earlier():
         saved.save_model(nets[0], folder)

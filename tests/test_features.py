@@ -201,12 +201,13 @@ def test_a_fault_while_features_are_cached_costs_their_computation_at_most(
 
 def test_what_a_killed_process_left_in_the_cache_is_cleared_away_after_an_hour(net, photo_set, cache):
     cache.mkdir(parents=True)
-    new, old = cache / "new.part", cache / "old.part"
-    new.touch()
-    old.touch()
-    os.utime(old, (1, 1))
+    new, old, download = (cache / f"{name}.part" for name in (f"a.{'0' * 16}", f"b.{'f' * 16}", "photo.zip"))
+    for file in (new, old, download):
+        file.touch()
+    for file in (old, download):
+        os.utime(file, (1, 1))
     features_of(net, photo_set)
-    assert new.exists() and not old.exists()
+    assert new.exists() and not old.exists() and download.exists()
 
 
 @pytest.mark.parametrize("library", ["PIL", "torchvision", "timm", "torch"])

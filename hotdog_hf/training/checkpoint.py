@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from hotdog_hf.errors import UserError
-from hotdog_hf.files import replacing_folder
+from hotdog_hf.files import REPLACED, replacing_folder
 from hotdog_hf.training import sharding
 from hotdog_hf.training.state import Progress, TrainState
 
@@ -121,7 +121,7 @@ def _prune(newest: Path, keep: int) -> None:
     """
     finished = _finished(newest.parent)
     position = finished.index(newest) + 1
-    for left in (*newest.parent.glob("step-*.part"), *newest.parent.glob("step-*.old")):
+    for left in (*newest.parent.glob("step-*.part"), *newest.parent.glob(f"step-*{REPLACED}")):
         if left not in finished:
             shutil.rmtree(left)
     for old in [*reversed(finished[position:]), *finished[: max(position - keep, 0)]]:
@@ -130,11 +130,11 @@ def _prune(newest: Path, keep: int) -> None:
 
 
 def _finished(checkpoints: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first; `.old` counts if a kill came before its successor."""
+    """Return the complete checkpoints, oldest first; `.replaced` counts if no successor has its place yet."""
     return sorted(
         path
         for path in checkpoints.glob("step-*")
-        if not path.suffix or (path.suffix == ".old" and not path.with_suffix("").exists())
+        if not path.suffix or (path.suffix == REPLACED and not path.with_suffix("").exists())
     )
 
 
