@@ -5,6 +5,7 @@ python scripts/compare.py runs/a runs/b runs/c --output-dir my/comparison
 """
 
 from dataclasses import dataclass
+from os.path import realpath
 from typing import Annotated
 
 import tyro
@@ -25,6 +26,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if not 2 <= len(self.runs) <= 8:
             raise ValueError(f"give from 2 to 8 runs to compare, got {len(self.runs)}")
+        if len(set(map(realpath, self.runs))) < len(self.runs):
+            raise ValueError(f"give runs that differ, got {' '.join(self.runs)}")
 
 
 def main(config: CompareConfig) -> None:
@@ -37,8 +40,9 @@ def main(config: CompareConfig) -> None:
 
     folder = page.check_output_dir(config.output_dir)
     found = runs.read_runs(config.runs)
-    page.write_comparison(folder, found, shlex.join(["python", *sys.argv]))
-    print(page.describe(found))
+    summary = page.summarise(found)
+    page.write_comparison(folder, found, summary, shlex.join(["python", *sys.argv]))
+    print(page.describe(found, summary))
     print(f"comparison: {folder / page.FILES[1]}")
 
 

@@ -1,8 +1,10 @@
 """Runs side by side: what is read of them, paired tests, and the page."""
 
 import csv
+import dataclasses
 import json
 import math
+import runpy
 
 import numpy as np
 import pytest
@@ -99,6 +101,14 @@ def test_the_script_writes_one_page_that_needs_no_other_file(two, tmp_path):
         ),
         (lambda run: (run / "config.json").write_text("5"), "not the folder of a finished run"),
         (
+            lambda run: (run / "predictions.csv").write_text("file,true_label,predicted_label,a,b\n\n"),
+            "not the folder of a finished run",
+        ),
+        (
+            lambda run: (run / "predictions.csv").write_text("file,true_label," + "x" * 200_000),
+            "not the folder of a finished run",
+        ),
+        (
             lambda run: (run / "predictions.csv").write_text(
                 (run / "predictions.csv").read_text().replace("test/hotdog/<i>00", "test/hotdog/other")
             ),
@@ -116,6 +126,18 @@ def test_what_cannot_be_compared_is_named(two, tmp_path, spoil, message):
     spoil(tmp_path / "b")
     with pytest.raises(UserError, match=f"{two[1]}.*{message}"):
         runs.read_runs(two)
+
+
+def test_a_run_is_not_compared_with_itself(two):
+    with pytest.raises(ValueError, match="give runs that differ"):
+        runpy.run_path(str(ROOT / "scripts/compare.py"))["CompareConfig"]((*two, f"{two[0]}/../a"))
+
+
+def test_a_p_value_is_never_said_to_be_zero(tmp_path):
+    found = runs.read_runs([str(write_run(tmp_path / name, 1, photos=400)) for name in ("a", "b")])
+    wrong = found[1].probabilities[:, ::-1]
+    found[1] = dataclasses.replace(found[1], probabilities=wrong)
+    assert "p < 0.001" in page.describe(found, page.summarise(found))
 
 
 def test_a_phone_and_a_desktop_show_the_page_without_a_complaint(two, tmp_path, faults_in_browser):

@@ -22,15 +22,19 @@ SHOWN = 24
 check_output_dir = functools.partial(webpage.check_output_dir, files=FILES, what="a comparison")
 
 
-def write_comparison(folder: Path, runs: Sequence[Run], command: str) -> None:
-    """Write compare.json and compare.html beside `folder` and move them there whole."""
+def write_comparison(folder: Path, runs: Sequence[Run], summary: dict, command: str) -> None:
+    """Write compare.json and compare.html beside `folder` and move them there whole.
+
+    `summary` is that of `summarise`.
+    """
     with writing_to(folder), replacing_folder(folder) as part:
-        content = {"hotdog_hf": hotdog_hf.__version__, **_summary(runs)}
+        content = {"hotdog_hf": hotdog_hf.__version__, **summary}
         (part / FILES[0]).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        (part / FILES[1]).write_text(_page(runs, command), encoding="utf-8")
+        (part / FILES[1]).write_text(_page(runs, summary, command), encoding="utf-8")
 
 
-def _summary(runs: Sequence[Run]) -> dict:
+def summarise(runs: Sequence[Run]) -> dict:
+    """Return each run's metrics, its difference to the first, and the knobs and photos that differ."""
     first, *others = runs
     return {
         "runs": {run.name: metrics(run) for run in runs},
@@ -41,28 +45,26 @@ def _summary(runs: Sequence[Run]) -> dict:
     }
 
 
-def describe(runs: Sequence[Run]) -> str:
+def describe(runs: Sequence[Run], summary: dict) -> str:
     """Return the table for the terminal: one line per run, compared with the first."""
     names = [printable(run.name) for run in runs]
     width = max(map(len, names))
     lines = [f"{'run':<{width}}  accuracy  log-loss  accuracy against the first (95 % interval), McNemar's p"]
     for name, run in zip(names, runs, strict=True):
-        accuracy, loss = (entry["value"] for entry in metrics(run).values())
+        accuracy, loss = (entry["value"] for entry in summary["runs"][run.name].values())
         line = f"{name:<{width}}  {accuracy:8.3f}  {loss:8.3f}"
         if run is not runs[0]:
-            pair = paired(runs[0], run)
+            pair = summary["paired"][run.name]
             gain, low, high = pair["accuracy"].values()
-            line += f"  {gain:+.3f} ({low:+.3f} to {high:+.3f}), p = {pair['p_value']:.3f}"
+            p_value = "p < 0.001" if pair["p_value"] < 0.0005 else f"p = {pair['p_value']:.3f}"
+            line += f"  {gain:+.3f} ({low:+.3f} to {high:+.3f}), {p_value}"
         lines.append(line)
-    differing = len(differing_photos(runs))
-    lines.append(
-        f"{differing} of {len(runs[0].files)} test photos are classified correctly by only some of the runs"
-    )
-    return "\n".join(lines)
+    differing = f"{len(summary['photos'])} of {len(runs[0].files)} test photos"
+    return "\n".join([*lines, f"{differing} are classified correctly by only some of the runs"])
 
 
-def _page(runs: Sequence[Run], command: str) -> str:
-    summary, photos = _summary(runs), differing_photos(runs)
+def _page(runs: Sequence[Run], summary: dict, command: str) -> str:
+    photos = differing_photos(runs)
     return templates.load("compare/page.html.j2", autoescape=True).render(
         runs=[printable(run.name) for run in runs],
         metrics=list(summary["runs"].values()),

@@ -78,7 +78,7 @@ def _read(folder: Path, name: str) -> Run:
             label_names=label_names,
             probabilities=probabilities / probabilities.sum(axis=1, keepdims=True),
         )
-    except (OSError, ValueError, StopIteration, AttributeError, TypeError) as error:
+    except (OSError, ValueError, LookupError, StopIteration, AttributeError, TypeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise UserError(
             f"{folder} is not the folder of a finished run with config.json, metrics.jsonl and"
