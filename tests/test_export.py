@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ import torch
 from conftest import ROOT, TINY_MODEL, run
 from test_hub import target
 
+from hotdog_hf.deploy import quantize
 from hotdog_hf.deploy.export import export_onnx
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import network
@@ -98,6 +100,31 @@ def test_without_the_extra_it_says_what_to_install(saved, tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[onnx\]"'):
         export_onnx(saved, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
+@pytest.mark.parametrize("module", ["quantize", "space"])
+def test_what_needs_the_extra_says_so_when_it_is_imported(monkeypatch, missing, module):
+    for name in ("quantize", "distance", "space"):
+        monkeypatch.delitem(sys.modules, f"hotdog_hf.deploy.{name}", raising=False)
+        monkeypatch.delattr(f"hotdog_hf.deploy.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[onnx\]"'):
+        importlib.import_module(f"hotdog_hf.deploy.{module}")
+
+
+def test_the_benchmark_runs_without_the_extra(monkeypatch):
+    for name in ("hotdog_hf.bench.tasks", "hotdog_hf.deploy.quantize", "hotdog_hf.deploy.distance"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert importlib.import_module("hotdog_hf.bench.tasks").prepare
+
+
+def test_int8_needs_operators_with_a_scale_per_channel():
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    older = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 12)])
+    with pytest.raises(UserError, match="--precision int8 needs --opset 13 or higher, got 12"):
+        quantize.to_int8(older, ["a", "b"], {}, "photos")
 
 
 def test_the_script_says_what_it_wrote(tmp_path):

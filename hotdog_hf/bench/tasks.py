@@ -25,7 +25,7 @@ from hotdog_hf.data import loaders, transforms
 from hotdog_hf.data.images import IMAGE_SUFFIXES, Photo
 from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import Photos, load_photos
-from hotdog_hf.deploy import export, quantize
+from hotdog_hf.deploy import export
 from hotdog_hf.errors import UserError, exit_on_user_error
 from hotdog_hf.machine import cpu_has_bf16
 from hotdog_hf.model import saved
@@ -88,6 +88,8 @@ def prepare(
 
 def _export_smaller(folder: Path, data_dir: str) -> dict[str, str]:
     """Write the ONNX file in fp16 and int8, whose speeds do not depend on what the model has learned."""
+    from hotdog_hf.deploy import quantize  # which needs the extra [onnx]
+
     written = {}
     for precision in ("fp16", "int8"):
         shrink = functools.partial(quantize.shrink, precision=precision, data_dir=data_dir, max_drop=100)

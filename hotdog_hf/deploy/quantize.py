@@ -12,17 +12,23 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
-import onnx
-import onnxruntime
-from onnxruntime import quantization
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from tqdm import tqdm
 
 from hotdog_hf.data.images import normalize, open_photo, resize_and_crop
 from hotdog_hf.data.splits import Photos, load_photos
-from hotdog_hf.deploy.distance import refit_distances
 from hotdog_hf.errors import UserError
 from hotdog_hf.model.neighbors import Neighbors
+from hotdog_hf.model.predictor import NEEDS_ONNX
+
+try:
+    import onnx
+    import onnxruntime
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    from hotdog_hf.deploy.distance import refit_distances
+except ModuleNotFoundError as error:
+    raise UserError(NEEDS_ONNX) from error
 
 CALIBRATION_PHOTOS = 128
 BATCH_SIZE = 32
@@ -41,6 +47,8 @@ CANDIDATES = {
 }
 # Of a data folder without validation photos, this fraction of train measures the accuracy.
 VAL_FRACTION = 0.2
+# The first version of the operators that has one scale per channel.
+INT8_OPSET = 13
 # How far probabilities may be from PyTorch's; what int8 changes is measured on photos instead.
 TOLERANCES = {"fp16": 5e-2, "int8": math.inf}
 
@@ -113,8 +121,12 @@ def to_int8(
 
     Ranges come from training photos, accuracies from validation photos: those of the data folder, or a fifth
     of train, which is then not calibrated on. `neighbors` get the distances that fit the best one, see
-    `distance.refit_distances`. Raises `UserError` if it loses more than `max_drop` percentage points.
+    `distance.refit_distances`. Raises `UserError` if it loses more than `max_drop` percentage points, or for
+    an opset with which this cannot be done.
     """
+    [opset] = {entry.version for entry in network.opset_import if entry.domain in ("", "ai.onnx")}
+    if opset < INT8_OPSET:
+        raise UserError(f"--precision int8 needs --opset {INT8_OPSET} or higher, got {opset}")
     photos = Photos(load_photos(data_dir, VAL_FRACTION), data_dir)
     if photos.label_names != label_names:
         raise UserError(
