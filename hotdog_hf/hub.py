@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -121,7 +123,7 @@ def push_folder(
 @contextlib.contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
     """Turn errors of the Hub client about `repo` into a `UserError` that says what to do."""
-    endpoint = huggingface_hub.constants.ENDPOINT
+    endpoint = constants.ENDPOINT
     try:
         yield
     except HFValidationError as error:
@@ -130,6 +132,10 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise UserError(f"cannot reach {endpoint} for {repo}, and it is not in the cache") from error
     except RevisionNotFoundError as error:
         raise UserError(f"{repo} on the Hub has no such revision") from error
+    except GatedRepoError as error:
+        raise UserError(
+            f"{repo} is gated: ask for access on {endpoint}/{repo}, and log in with `hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"{endpoint} has no {repo}, or it is private and you are not logged in (`hf auth login`)"
@@ -142,7 +148,13 @@ def hub_errors(repo: str) -> Iterator[None]:
             403: "your token has no permission for this",
         }
         raise UserError(f"{repo}: {reason.get(status, f'the Hub returned {status}: {error}')}") from error
+    except ValueError as error:  # what the Hub or the client does not accept, such as a card's metadata
+        raise UserError(f"{repo}: {' '.join(str(error).split())}") from error
     except (OSError, RuntimeError, *_transport_errors()) as error:
+        if isinstance(error, OSError) and error.filename is not None:  # of this machine: a cache, a full disk
+            raise UserError(f"{repo}: {error.filename}: {error.strerror}") from error
+        if isinstance(error, FileNotFoundError):  # a data set that is not there, or without photos
+            raise UserError(f"{repo}: {' '.join(str(error).split())}") from error
         raise UserError(f"cannot reach {endpoint} for {repo} ({type(error).__name__}: {error})") from error
 
 

@@ -76,7 +76,11 @@ def confirm(yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise UserError("nothing was started: add --yes to start without being asked")
-    if input("Start it? [y/N] ").strip().lower() not in ("y", "yes"):
+    try:
+        answer = input("Start it? [y/N] ")
+    except EOFError:  # Ctrl-D
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise UserError("nothing was started")
 
 

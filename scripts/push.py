@@ -37,6 +37,8 @@ class PushConfig:
     def __post_init__(self) -> None:
         if self.space and (self.dataset or self.revision):
             raise ValueError("--space goes with neither --dataset nor --revision")
+        if self.dataset and self.revision:
+            raise ValueError("--revision is for models: a data set goes to its main branch")
 
 
 def main(config: PushConfig) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import re
+import runpy
 import shutil
 import textwrap
+import types
 
 import huggingface_hub
 import numpy as np
@@ -11,9 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, TINY_MODEL, draw_photos, run
+from huggingface_hub.errors import GatedRepoError
 from loopback_hub import LoopbackHub
 from test_hub import target
 
+from hotdog_hf.errors import UserError
+from hotdog_hf.hub import hub_errors
 from hotdog_hf.model.saved import load_model, save_model
 
 PHOTOS = ("test/hotdog/000.png", "test/hotdog/001.png", "test/not-hotdog/000.png")
@@ -180,6 +185,33 @@ def test_without_a_network_pushing_is_refused_before_training(train, photos_dir,
     done = train(photos_dir, tmp_path / "run", "--push-to-hub", "tester/x", **nobody)
     assert done.returncode == 2 and "cannot reach http://127.0.0.1:9 for tester/x" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+GATED = GatedRepoError("gated", response=types.SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GATED, "user/x is gated: ask for access on http"),
+        (
+            ValueError("Invalid metadata in README.md.\n- no such license"),
+            r"user/x: .*README\.md\. - no such",
+        ),
+        (PermissionError(13, "Permission denied", "cache/x"), "user/x: cache/x: Permission denied"),
+        (FileNotFoundError("Dataset 'user/x' doesn't exist"), "user/x: Dataset 'user/x' doesn't exist"),
+        (TimeoutError("timed out"), r"cannot reach http.* for user/x \(TimeoutError: timed out\)"),
+    ],
+)
+def test_an_error_of_the_hub_says_what_is_wrong(error, message):
+    with pytest.raises(UserError, match=message), hub_errors("user/x"):
+        raise error
+
+
+def test_a_branch_of_a_data_set_is_refused():
+    config = runpy.run_path(str(ROOT / "scripts/push.py"))["PushConfig"]
+    with pytest.raises(ValueError, match="--revision is for models"):
+        config(("user/name",), dataset="photos", revision="try-2")
 
 
 def test_a_failed_upload_keeps_the_model_and_says_how_to_push_later(train, photos_dir, server, env, tmp_path):
