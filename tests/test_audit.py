@@ -6,12 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_MODEL, run
+from conftest import ROOT, TINY_MODEL, draw_photos, run
 from PIL import Image, ImageFilter
 from test_report import Page
 
-from hotdog_hf.audit import appearance, scores
-from hotdog_hf.data.images import Photo
+from hotdog_hf.audit import appearance, page, runner, scores
+from hotdog_hf.data.images import Photo, open_photo
+from hotdog_hf.data.splits import load_photos
+from hotdog_hf.errors import UserError
 
 AUDIT = ROOT / "scripts/audit.py"
 
@@ -67,7 +69,7 @@ def test_every_photo_is_held_out_once_and_groups_are_never_divided():
     assert sorted(np.concatenate([held_out for _, held_out in folds])) == list(range(60))
     for training, held_out in folds:
         assert not set(groups[training]) & set(groups[held_out])
-    with pytest.raises(scores.UserError, match="at least 2 photos of every class"):
+    with pytest.raises(UserError, match="at least 2 photos of every class"):
         scores.folds_of(np.array([0, 0, 1, 1]), np.array([0, 1, 2, 2]), seed=0)
 
 
@@ -105,6 +107,34 @@ def test_the_learning_curve_rises_where_photos_help_and_is_flat_where_they_do_no
     flat = scores.learning_curve(easy, labels, groups, strength=0.1, seed=0)
     assert flat.is_flat and flat.forecast["value"] > 0.97
     assert rising.is_flat == (rising.gain["value"] < 0.01)
+
+
+def test_too_few_photos_for_a_learning_curve_are_no_perfect_forecast():
+    features, labels = clouds(4)
+    with pytest.raises(UserError, match="too few photos for an audit: a class needs at least 3"):
+        scores.learning_curve(features, labels, np.arange(4), strength=0.1, seed=0)
+
+
+def test_many_classes_get_their_most_frequent_confusions(tmp_path):
+    draw_photos(tmp_path / "photos/train", {f"class {index}": 3 for index in range(31)}, size=(8, 8))
+    draw_photos(tmp_path / "photos/test", {f"class {index}": 1 for index in range(31)}, size=(8, 8))
+    rows = load_photos(tmp_path / "photos")["train"]
+    features, labels = clouds(93, 31, distance=2.0, dimensions=32)
+    found = runner.Audit(
+        data_dir="photos",
+        split="train",
+        rows=rows,
+        files=[f"{index}.png" for index in range(93)],
+        labels=labels,
+        groups=np.arange(93),
+        appearances=[appearance.measure(open_photo(row)) for row in rows],
+        findings=[],
+        **runner._scores(features, labels, np.arange(93), 0, 31),
+    )
+    page.write_audit(tmp_path / "audit", found, "a network", False, "python scripts/audit.py photos")
+    shown = Page((tmp_path / "audit/audit.html").read_text(encoding="utf-8"))
+    assert "The most frequent mistakes; audit.json has all of them." in shown.words
+    assert "Photos by label" not in shown.words
 
 
 def test_an_interval_is_wider_where_photos_come_in_groups():
@@ -170,15 +200,15 @@ def test_the_script_finds_the_wrong_label_and_the_copy(audited):
 
 def test_the_page_is_whole_and_needs_no_other_file(audited):
     root, _, found = audited
-    page = Page((root / "audit/audit.html").read_text(encoding="utf-8"))
-    for _, attributes in page.elements:
+    shown = Page((root / "audit/audit.html").read_text(encoding="utf-8"))
+    for _, attributes in shown.elements:
         for name in ("src", "href"):
             assert attributes.get(name, "#").startswith(("data:", "#"))
-    assert all(image["alt"] for image in page.all("img")) and len(page.all("img")) > 20
-    assert "train/hotdog/<b>&'.png" in page.words and page.all("b") == []
-    assert "labelled not-hotdog" in page.words and "train/not-hotdog/wrong.png" in page.words
-    assert f"{found['accuracy']['value']:.3f}" in page.words
-    assert "the same file several times in a class (1)" in page.words  # the check's finding
+    assert all(image["alt"] for image in shown.all("img")) and len(shown.all("img")) > 20
+    assert "train/hotdog/<b>&'.png" in shown.words and shown.all("b") == []
+    assert "labelled not-hotdog" in shown.words and "train/not-hotdog/wrong.png" in shown.words
+    assert f"{found['accuracy']['value']:.3f}" in shown.words
+    assert "the same file several times in a class (1)" in shown.words  # the check's finding
 
 
 def test_an_audit_replaces_an_earlier_one_and_nothing_else(audited, tiny_weights, tmp_path):

@@ -17,7 +17,8 @@ from hotdog_hf.audit.runner import Audit, copies, differing, suggestions, with_f
 from hotdog_hf.data.check import KINDS
 from hotdog_hf.data.images import thumbnail
 from hotdog_hf.errors import UserError, printable
-from hotdog_hf.files import replacing_folder, writing_to
+from hotdog_hf.files import replacing_file, replacing_folder, writing_to
+from hotdog_hf.metrics import MAX_TABLE_CLASSES, most_confused
 
 FILES = ("audit.json", "audit.html")
 # Photos shown in a part of the page, and neighbours beside each.
@@ -53,7 +54,10 @@ def write_fixes(path: str, audit: Audit) -> int:
     rows = suggestions(audit)
     try:
         # File names in another encoding leave as the bytes they came as.
-        with Path(path).open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with (
+            replacing_file(Path(path)) as part,
+            part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(["path", "label", "suggested", "confidence"])
             writer.writerows([*row[:3], f"{row[3]:.4f}"] for row in rows)
@@ -85,7 +89,8 @@ def describe(audit: Audit) -> str:
     if found := suggestions(audit):
         rows.append(f"{len(found)} photos are predicted to be of another class than their label, first:")
     for path, label, suggested, confidence in found[:5]:
-        rows.append(f"  {printable(path)}: labelled {label}, looks like {suggested} ({confidence:.2f})")
+        path, label, suggested = map(printable, (path, label, suggested))
+        rows.append(f"  {path}: labelled {label}, looks like {suggested} ({confidence:.2f})")
     return "\n".join(rows)
 
 
@@ -152,6 +157,8 @@ def _page(audit: Audit, about: dict, command: str) -> str:
         audit=audit,
         title=printable(audit.data_dir),
         names=[printable(name) for name in audit.label_names],
+        max_table=MAX_TABLE_CLASSES,
+        confused=most_confused(audit.confusion, MAX_TABLE_CLASSES),
         command=printable(command),
         version=hotdog_hf.__version__,
         advice=advice(audit),

@@ -90,7 +90,7 @@ def audit_photos(
 
     `labels` are the tables of labels that the photos were loaded with.
 
-    Raises `UserError` if a class has fewer than two photos that are not copies of each other.
+    Raises `UserError` if a class has fewer than two photos that are not copies of each other, or all have.
     """
     photos = extractor.photos
     chosen = list(photos.splits) if split == "all" else [split]

@@ -170,7 +170,8 @@ def learning_curve(
 
     A share of each fold's training part is drawn per class; the held-out photos are the same for all shares.
     The intervals (95 %) come from resamples of the draws and of the photos (by group), for each of which the
-    curve is fitted anew. No more than twice the photos is forecast: further on, the curve says little.
+    curve is fitted anew. No more than twice the photos is forecast: further on, the curve says little. Raises
+    `UserError` if there are so few photos that every share has as many.
     """
     wrong, sizes = np.zeros((DRAWS, len(SHARES), len(labels))), np.zeros(len(SHARES))
     for draw in range(DRAWS):
@@ -183,8 +184,12 @@ def learning_curve(
                 probe = _probe(strength).fit(features[part], labels[part])
                 wrong[draw, number, held_out] = probe.predict(features[held_out]) != labels[held_out]
                 sizes[number] += len(part) / len(folds) / DRAWS
-    errors = _resampled_errors(wrong, groups, seed)
     sizes = sizes.round()
+    if len(set(sizes)) < 2:
+        raise UserError(
+            "too few photos for an audit: a class needs at least 3 that are not copies of each other"
+        )
+    errors = _resampled_errors(wrong, groups, seed)
     ahead = np.array([sizes[-1], 2 * sizes[-1]])
     scale, power, floor = _fit(wrong.mean(axis=(0, 2))[None], sizes)[0]
     now, twice = 1 - scale * ahead**-power - floor
