@@ -102,7 +102,7 @@ def main(config: BenchmarkConfig) -> None:
         scratch = tempfile.TemporaryDirectory(prefix="work-", dir=folder, ignore_cleanup_errors=True)
     with scratch as work:
         print("preparing photos, weights and a saved model", flush=True)
-        exported = not {"prediction", "startup"}.isdisjoint(sections)
+        exported = not set(page.EXPORTING).isdisjoint(sections)
         setup, machine = prepare(Path(work), root, exported=exported, **knobs)
         results = runner.Results(folder / "results.json", runner.facts_of(setup, machine, knobs), sections)
         failed, stopped = runner.measure_all(setup, results, sections, repeats, load)

@@ -20,6 +20,7 @@ from hotdog_hf.bench.page import (
     digits,
     greatest_difference,
     targets,
+    write_report,
 )
 from hotdog_hf.bench.processes import MeasurementError, run_process
 from hotdog_hf.bench.runner import Results, measure, plan
@@ -211,6 +212,7 @@ def setup_of(photos_dir, tiny_weights, work, **knobs):
         "image_size": 64,
         "saved_model": work / "model",
         "onnx": work / "model.onnx",
+        "not_exported": None,
         "smaller": {"fp16": work / "fp16.onnx", "int8": work / "int8.onnx"},
         "batch_size": 8,
         "epochs": 2,
@@ -254,7 +256,7 @@ def test_links_repeat_every_photo(photos_dir, tmp_path):
     assert links[0].name == "00000-000.png" and links[0].read_bytes()
 
 
-def test_results_keep_other_sections_of_the_same_machine_and_knobs(tmp_path):
+def test_results_keep_other_sections_of_the_same_machine_and_knobs(tmp_path, capsys):
     file = tmp_path / "results.json"
     results = Results(file, {"knobs": (1, 2)}, ["a", "b"])
     for section in "ab":
@@ -263,6 +265,44 @@ def test_results_keep_other_sections_of_the_same_machine_and_knobs(tmp_path):
     again = Results(file, {"knobs": (1, 2)}, ["b"])
     assert [row["section"] for row in again.content["measurements"]] == ["a"]
     assert Results(file, {"knobs": (1, 3)}, ["b"]).content["measurements"] == []
+    kept = json.loads((tmp_path / "before-results.json").read_text())
+    assert [row["section"] for row in kept["measurements"]] == ["a"]
+    assert f"it is now {tmp_path / 'before-results.json'}" in capsys.readouterr().out
+    file.write_text("[]")  # of another program
+    assert Results(file, {"knobs": (1, 3)}, ["b"]).content["measurements"] == []
+
+
+def measured_rows(*rows, **more):
+    """The content of results.json with these measurements."""
+    origin = {"round": 0, "by": "me", "commit": None, "load": 0.0, "command": "train"}
+    about = {"cores": 1, "threads": 1, "memory_gb": 1, "system": "none", "python": "3", "cpu": "one"}
+    machine = about | {"gpus": [], "versions": {}}
+    facts = {"data_dir": "photos", "train": 1, "test": 1, "enlarge": None, "image_size": 64, "epochs": 1}
+    facts |= {"model": "tiny", "weights": "none", "machine": machine}
+    return {"facts": facts, "measurements": [origin | row | more for row in rows]}
+
+
+def test_the_page_is_written_if_what_others_are_compared_with_failed(tmp_path):
+    failed = {"error": "no memory"}
+    reached = {"variant": "probe", "curve": [[9.0, 0.8]], "test_accuracy": 0.8, "seconds_in_all": 9.5}
+    results = measured_rows(
+        {"section": "accuracy", "variant": "chapter"} | failed,
+        {"section": "accuracy"} | reached,
+        {"section": "profile", "variant": "an epoch"} | failed,
+        {"section": "profile", "variant": "flame.svg of py-spy", "value": 1.0},
+    )
+    write_report(tmp_path, results)
+    page = (tmp_path / "README.md").read_text()
+    assert "accuracy, chapter, round 0: no memory" in page and "profile, an epoch, round 0: no memory" in page
+    assert "no accuracy to reach" in page and "| probe | not reached |" in page
+
+
+def test_why_there_is_no_exported_model_is_told_with_what_would_have_used_it(tmp_path):
+    why = {"not_exported": "an operator is missing"}
+    for section, told in (("prediction", True), ("processes", False)):
+        row = {"section": section, "variant": "ours", "value": 1.0, "labels": []}
+        write_report(tmp_path, measured_rows(row, **why))
+        assert ("No ONNX file: an operator is missing." in (tmp_path / "README.md").read_text()) is told
 
 
 # What the numbers say.

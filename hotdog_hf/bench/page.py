@@ -25,6 +25,8 @@ TITLES = {
     "profile": ("Where the time goes", "s"),
     "exact": ("The same results with every way of loading", ""),
 }
+# Sections that also measure exported models.
+EXPORTING = ("prediction", "startup")
 # Above this, other work was running when the benchmark started.
 QUIET_LOAD = 0.5
 ACTIVITIES = ("decode", "augment", "forward", "backward", "step", "evaluation", "waiting", "other")
@@ -277,6 +279,7 @@ def write_report(folder: Path, results: dict) -> str:
     measured, facts = Measured(results["measurements"]), results["facts"]
     sections = [name for name in TITLES if measured.variants(name)]
     pictures = {name: draw(folder, measured, name) for name in sections if name != "exact"}
+    exports = [row for row in results["measurements"] if row["section"] in EXPORTING]
     text = templates.load("bench/page.md.j2").render(
         facts=facts,
         titles=TITLES,
@@ -302,6 +305,7 @@ def write_report(folder: Path, results: dict) -> str:
         },
         goal=chapter_accuracy(measured.by.get("accuracy", {})),
         failures=measured.failures,
+        not_exported=next((row["not_exported"] for row in exports if row.get("not_exported")), None),
         rounds=sorted({row["round"] for row in results["measurements"]}),
         runs=list(dict.fromkeys((row["by"], row["commit"]) for row in results["measurements"])),
         load=max((row["load"] for row in results["measurements"]), default=0.0),

@@ -25,13 +25,19 @@ class Results:
     """All results so far, in a file that is written atomically after each one."""
 
     def __init__(self, file: Path, facts: dict, sections: list[str]) -> None:
-        """Starts the `sections` again; others are kept if the file has the same `facts`."""
+        """Starts the `sections` again; others are kept if the file has the same `facts`.
+
+        A file with other facts is renamed to `before-<name>`.
+        """
         self.file, self.content = file, {"facts": json.loads(json.dumps(facts)), "measurements": []}
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             before = json.loads(file.read_text(encoding="utf-8"))
             if before["facts"] == self.content["facts"]:
                 kept = [row for row in before["measurements"] if row["section"] not in sections]
                 self.content["measurements"] = kept
+            elif before["measurements"]:
+                old = file.replace(file.with_name(f"before-{file.name}"))
+                print(f"{file} was of another machine or other flags: it is now {old}")
         write_json(self.file, self.content)
 
     def add(self, variant: Variant, number: int, by: dict, numbers: dict) -> None:
@@ -88,6 +94,7 @@ def measure_all(
     """
     folder, failed = results.file.parent, []
     origin = {"by": shlex.join(["python", *sys.argv]), "commit": commit_of(setup.root), "load": load}
+    origin |= {"not_exported": setup.not_exported} if setup.not_exported else {}
     turns = plan(setup, [name for name in SECTIONS if name in sections], repeats)
     try:
         with tqdm(total=sum(map(len, turns.values())), unit="measurement", disable=None) as bar:

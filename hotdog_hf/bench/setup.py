@@ -41,6 +41,8 @@ class Setup:
     # A model trained from it, as a folder and, if it could be exported, as an ONNX file.
     saved_model: Path
     onnx: Path | None
+    # Why not.
+    not_exported: str | None
     # The ONNX file in "fp16" and "int8".
     smaller: dict[str, Path]
     # Photos per step, if not the recipe's own, and epochs of the training section.
@@ -163,6 +165,7 @@ def prepare(
         image_size=found["image_size"],
         saved_model=work / "model",
         onnx=work / "model.onnx" if exported and not found["not_exported"] else None,
+        not_exported=found["not_exported"],
         smaller={precision: Path(file) for precision, file in found["smaller"].items()},
         batch_size=batch_size,
         epochs=epochs,
@@ -172,8 +175,8 @@ def prepare(
         gpus=len(found["gpus"]),
         bf16=found["bf16"],
     )
-    found = {name: found[name] for name in ("gpus", "not_exported")}
-    return setup, _describe_machine() | {"threads": setup.threads, "bf16": setup.bf16} | found
+    found = {"threads": setup.threads, "bf16": setup.bf16, "gpus": found["gpus"]}
+    return setup, _describe_machine() | found
 
 
 def _describe_machine() -> dict:
