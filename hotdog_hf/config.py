@@ -10,11 +10,15 @@ import json
 import math
 import os
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from hotdog_hf.errors import UserError
 
 # Knobs that change neither weights nor metrics: they may differ when a run is resumed. The photos, and what
 # the tables of labels say, are compared by themselves.
@@ -511,6 +515,19 @@ def command_of(config: TrainConfig) -> str:
         else:
             words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return shlex.join(words)
+
+
+def default_run_dir(recipe: str) -> str:
+    """Return `runs/<recipe>-<time>`."""
+    return f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_new_run(folder: str | os.PathLike) -> None:
+    """Raise `UserError` if the folder already holds a run."""
+    if Path(folder, "config.json").exists():
+        raise UserError(
+            f"{folder} already holds a run; give another --output-dir, or resume it with --resume auto"
+        )
 
 
 def parse_train_config(args: list[str] | None = None) -> TrainConfig:

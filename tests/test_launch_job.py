@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import time
@@ -132,6 +133,19 @@ def test_wrong_flags_and_files_are_found_before_the_hub_is_asked(photos_dir, tmp
             remote_job.check_inputs(parse_train_config(list(given)))
     done = run("python", LAUNCH, "--flavor", "cpu-basic", "--", "--epochs", "-1")
     assert done.returncode == 2 and "--epochs must be 0 or more" in done.stderr
+
+
+@pytest.mark.parametrize("answer", ["no", "", EOFError])
+def test_nothing_starts_without_a_yes(monkeypatch, answer):
+    def asked(_question):
+        if answer is EOFError:  # Ctrl-D
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    with pytest.raises(UserError, match=r"^nothing was started$"):
+        runpy.run_path(str(LAUNCH))["confirm"](yes=False)
 
 
 def test_a_public_bucket_is_refused(env, server, photos_dir, tmp_path):

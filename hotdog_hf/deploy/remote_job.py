@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import huggingface_hub
 from huggingface_hub import Volume
 
 from hotdog_hf import hub
-from hotdog_hf.config import TrainConfig, command_of, override
+from hotdog_hf.config import TrainConfig, check_new_run, command_of, default_run_dir, override
 from hotdog_hf.data.folder import check_data_dir, find_photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.model.places import check_weights
@@ -146,12 +145,9 @@ def check_inputs(train: TrainConfig) -> TrainConfig:
     data_dir, run_dir = train.data.data_dir, train.run.output_dir
     if train.run.resume not in (None, "auto") or (train.run.resume and run_dir is None):
         raise UserError("a job resumes with --resume auto and the run's --output-dir")
-    if run_dir is None:
-        run_dir = f"runs/{train.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not train.run.resume and (Path(run_dir) / "config.json").exists():
-        raise UserError(
-            f"{run_dir} already holds a run; give another --output-dir, or resume it with --resume auto"
-        )
+    run_dir = run_dir or default_run_dir(train.recipe)
+    if not train.run.resume:
+        check_new_run(run_dir)
     check_data_dir(data_dir)
     if Path(data_dir).is_dir():
         if linked := [path for path in _folders(Path(data_dir)) if path.is_symlink()]:

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 
-from hotdog_hf.config import TrainConfig, command_of, differences, to_dict
+from hotdog_hf.config import TrainConfig, check_new_run, command_of, differences, to_dict
 from hotdog_hf.data.prepare import open_photos
 from hotdog_hf.data.splits import Photos
 from hotdog_hf.errors import UserError
 from hotdog_hf.training import checkpoint, launch
-from hotdog_hf.training.run_dir import check_new
 from hotdog_hf.training.search import Search, check_flags, settle
 
 # What the choice decides, so that no flag may.
@@ -86,7 +85,7 @@ def _recorded(config: TrainConfig) -> dict | None:
     folder = config.run.output_dir
     if config.run.resume is None:
         if folder:
-            check_new(Path(folder))
+            check_new_run(folder)
         return None
     if found := checkpoint.find(config.run.resume, folder):
         folder = checkpoint.run_dir_of(found)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from hotdog_hf import files, metrics
-from hotdog_hf.config import TrainConfig, flatten, to_dict
+from hotdog_hf.config import TrainConfig, default_run_dir, flatten, to_dict
 from hotdog_hf.data import images
 from hotdog_hf.data.loaders import FeatureDataset
 from hotdog_hf.data.splits import sample_photos
@@ -35,7 +35,6 @@ from hotdog_hf.training import (
 from hotdog_hf.training.job import Job, build
 from hotdog_hf.training.run_dir import (
     check_same_run,
-    default_run_dir,
     open_run_dir,
     read_identity,
     resume_command,

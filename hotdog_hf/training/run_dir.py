@@ -4,12 +4,11 @@ import json
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import filelock
 
-from hotdog_hf.config import CHANGEABLE, HARMLESS, TrainConfig, flatten, to_dict
+from hotdog_hf.config import CHANGEABLE, HARMLESS, TrainConfig, check_new_run, flatten, to_dict
 from hotdog_hf.errors import UserError
 from hotdog_hf.files import write_json
 
@@ -55,19 +54,6 @@ def check_same_run(saved: dict, now: dict, anyway: bool) -> None:
         raise UserError(f"cannot resume: {'; '.join(differences)}. {way_out.capitalize()}")
 
 
-def default_run_dir(recipe: str) -> Path:
-    """Return `runs/<recipe>-<time>`."""
-    return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def check_new(folder: Path) -> None:
-    """Raise `UserError` if the folder already holds a run."""
-    if (folder / "config.json").exists():
-        raise UserError(
-            f"{folder} already holds a run; give another --output-dir, or resume it with --resume auto"
-        )
-
-
 def open_run_dir(path: str | os.PathLike, resume: bool = False) -> tuple[Path, filelock.FileLock]:
     """Create the run's folder, or with `resume` open an existing one; return it with its acquired lock.
 
@@ -80,7 +66,7 @@ def open_run_dir(path: str | os.PathLike, resume: bool = False) -> tuple[Path, f
         lock = filelock.FileLock(folder / ".lock")
         lock.acquire(timeout=0)
         if not resume:
-            check_new(folder)
+            check_new_run(folder)
     except filelock.Timeout as error:
         raise UserError(f"another process is running in {folder}; give another --output-dir") from error
     except FileExistsError as error:
