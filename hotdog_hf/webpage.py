@@ -36,8 +36,8 @@ def check_output_dir(
 ) -> Path:
     """Return the folder to write `files` to; the first of them is JSON that names this package's version.
 
-    Raises `UserError` if something other than an earlier such folder is there; `what` is it called, and
-    `flag` is how the user gave it.
+    Raises `UserError` if something other than an earlier such folder is there, or if it cannot be written;
+    `what` is it called, and `flag` is how the user gave it.
     """
     folder = Path(output_dir).resolve()
     try:
@@ -48,6 +48,9 @@ def check_output_dir(
         ours = False
     if not ours:
         raise UserError(f"{flag} {output_dir} holds something other than {what}; give another folder")
+    place = next(path for path in folder.parents if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UserError(f"{flag} {output_dir} cannot be written in {place}; give another folder")
     return folder
 
 

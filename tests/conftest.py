@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch or any Hugging Face library is imported, here and in every subprocess.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
@@ -26,6 +27,9 @@ import timm
 import torch
 from forked import Process, run_forked
 from PIL import Image
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = "test_resnet.r160_in1k"
@@ -74,18 +78,24 @@ def photos_dir(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def chromium() -> str:
-    """The browser that is installed; tests that need one are skipped without it, or without playwright."""
-    pytest.importorskip("playwright", reason="needs playwright, of the extra [test]")
-    browsers = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-    return next(filter(None, browsers), None) or pytest.skip("needs chromium; this machine has no browser")
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """The Chromium that is installed, with a camera; tests are skipped without it, or without playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra [test]")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("needs chromium; this machine has no browser")
+    flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
-def faults_in_browser(chromium) -> Callable[[Path], list[str]]:
+def faults_in_browser(browser) -> Callable[[Path], list[str]]:
     """Opens a page as wide as a phone and a desktop: complaints, requests to elsewhere, sideways scroll."""
-    from playwright.sync_api import sync_playwright
 
     def faults_at(file: Path, width: int, scheme: str) -> list[str]:
         found: list[str] = []
@@ -95,12 +105,10 @@ def faults_in_browser(chromium) -> Callable[[Path], list[str]]:
         page.on("request", lambda call: call.url.startswith(("file:", "data:")) or found.append(call.url))
         page.goto(file.as_uri())
         wide = page.evaluate("document.documentElement.scrollWidth")
+        page.close()
         return found + [f"{wide} pixels wide on {width}"] * (wide > width)
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield lambda file: [*faults_at(file, 390, "dark"), *faults_at(file, 1280, "light")]
-        browser.close()
+    return lambda file: [*faults_at(file, 390, "dark"), *faults_at(file, 1280, "light")]
 
 
 @pytest.fixture(scope="session")

@@ -136,21 +136,16 @@ def served(run_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def page(chromium, served):
+def page(browser, served):
     """The app in a browser; at the end, no request has gone elsewhere."""
-    from playwright.sync_api import sync_playwright
-
-    address = served[0]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": 390, "height": 844})
-        urls = []
-        context.on("request", lambda request: urls.append(request.url.removeprefix("blob:")))
-        page = context.new_page()
-        page.goto(address)
-        yield page
-        assert len(urls) > 10 and all(url.startswith((address, "data:")) for url in urls)
-        browser.close()
+    address, urls = served[0], []
+    context = browser.new_context(viewport={"width": 390, "height": 844})
+    context.on("request", lambda request: urls.append(request.url.removeprefix("blob:")))
+    page = context.new_page()
+    page.goto(address)
+    yield page
+    assert len(urls) > 10 and all(url.startswith((address, "data:")) for url in urls)
+    context.close()
 
 
 @pytest.mark.app

@@ -58,23 +58,7 @@ def download(server, name, folder):
     return huggingface_hub.SpaceCard.load(folder / "README.md").data
 
 
-@pytest.fixture
-def open_page(chromium):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-
-        def open_one(address):
-            page = browser.new_page()
-            page.goto(address)
-            return page
-
-        yield open_one
-        browser.close()
-
-
-def test_a_static_space_runs_in_the_visitors_browser(server, model, photos, tmp_path, open_page):
+def test_a_static_space_runs_in_the_visitors_browser(server, model, photos, tmp_path, browser):
     if not all((ORT_DIR / file).is_file() for file in static_page.DIGESTS):
         pytest.skip("needs ONNX Runtime Web, which `make web` downloads once")
     done = push(server, model, tmp_path, "tester/page", "--space", "static")
@@ -86,7 +70,8 @@ def test_a_static_space_runs_in_the_visitors_browser(server, model, photos, tmp_
     assert names == {*static_page.FILES, "README.md", ".gitattributes"}
 
     with serving(tmp_path / "space") as address:
-        page = open_page(address)
+        page = browser.new_page()
+        page.goto(address)
         page.get_by_text("Ready.").wait_for()
         page.set_input_files("#files", photos)
         found = results_of(page, 2)
@@ -126,7 +111,7 @@ def test_a_gradio_space_starts_from_what_the_hub_holds_without_torch(server, mod
 
 
 @pytest.mark.app
-def test_a_gradio_space_is_used_in_a_browser(server, model, tmp_path, open_page):
+def test_a_gradio_space_is_used_in_a_browser(server, model, tmp_path, browser):
     assert push(server, model, tmp_path, "tester/used", "--space", "gradio").returncode == 0
     download(server, "tester/used", tmp_path / "space")
     smooth(90, 60).save(tmp_path / "photo.png")
@@ -137,7 +122,8 @@ def test_a_gradio_space_is_used_in_a_browser(server, model, tmp_path, open_page)
     ) as space:
         lines = iter(space.stdout.readline, "")
         address = next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in lines)))[0]
-        page = open_page(address)
+        page = browser.new_page()
+        page.goto(address)
         page.locator("input[type=file]").first.set_input_files(tmp_path / "photo.png")
         page.locator("#answer h2").wait_for()
         assert re.search(r"hotdog \(\d+%\)$", page.locator("#answer").inner_text())

@@ -27,7 +27,6 @@ from hotdog_hf.model.predictor import load_predictor
 
 ORT_DIR = Path(os.environ["HOTDOG_CACHE"], "hotdog_hf", static_page.RUNTIME_FOLDER).expanduser()
 LABELS = ("hotdog", "not-hotdog", "<img src=x onerror=alert(1)>", "ü", "a b", "c", "d")
-CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -56,14 +55,6 @@ def model_of(folder, labels):
     with torch.no_grad():
         net.get_classifier().weight.mul_(40)  # so that photos differ
     return saved.save_model(net, folder / "model")
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", *CAMERA])
 
 
 @pytest.fixture(scope="module")

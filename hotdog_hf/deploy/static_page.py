@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tarfile
@@ -65,7 +66,7 @@ def describe_page(folder: str | os.PathLike) -> str:
     )
     sizes["total"] = sum(sizes.values())
     lines = [f"  {name:<32} {size / 1e6:6.2f} MB" for name, size in sizes.items()]
-    command = f"python -m http.server --bind 127.0.0.1 --directory {folder}"
+    command = shlex.join(["python", *"-m http.server --bind 127.0.0.1 --directory".split(), str(folder)])
     return "\n".join([f"{folder}: a page that needs no server of its own", *lines, f"try it: {command}"])
 
 

@@ -28,7 +28,7 @@ from hotdog_hf.report.scores import (
     summarise_rejection,
 )
 from hotdog_hf.training import engine, launch
-from hotdog_hf.webpage import THUMBNAIL, image_uri
+from hotdog_hf.webpage import image_uri
 
 GALLERY_SIZE = 12
 
@@ -182,12 +182,12 @@ def draw_galleries(accelerator: Accelerator, evaluation: Evaluation) -> dict[str
     for name, indices in galleries(probabilities, labels).items():
         pictures[name] = []
         for index in tqdm(indices, desc=name, unit="img", leave=False, disable=None):
-            photo = images.thumbnail(rows[index], THUMBNAIL)
-            pixels = transform.pixels(images.open_photo(rows[index]))[None].to(accelerator.device)
+            photo = images.open_photo(rows[index])
+            pixels = transform.pixels(photo)[None].to(accelerator.device)
             pixels = transform.normalize(pixels)[0]
             heat = gradcam.grad_cam(net, pixels, int(probabilities[index].argmax()))
             overlay = None if heat is None else image_uri(gradcam.overlay(pixels, heat, data_config))
-            pictures[name].append({"index": index, "photo": image_uri(photo), "overlay": overlay})
+            pictures[name].append({"index": index, "photo": image_uri(photo.decode()), "overlay": overlay})
     return pictures
 
 
