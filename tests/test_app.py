@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -103,6 +104,15 @@ def test_examples_are_test_photos_of_every_class(run_dir, photos_dir, tmp_path):
     assert app.find_examples(tmp_path / "model.onnx") == []
     with pytest.raises(UserError, match="no such data folder"):
         app.find_examples(run_dir / "model", tmp_path / "nothing")
+
+
+def test_examples_are_what_is_left_of_the_runs_photos_and_have_short_names(photos_dir, tmp_path):
+    shutil.copytree(photos_dir / "test", tmp_path / "photos/test")  # no train/ any more
+    first = tmp_path / "photos/test/hotdog/000.png"
+    first.rename(first.with_name(f"0{'x' * 250}.png"))
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"data_dir": str(tmp_path / "photos")}}))
+    found = app.find_examples(tmp_path / "model")
+    assert len(found) == 8 and len(app._copies(found)) == 8
 
 
 def test_without_gradio_the_app_says_what_to_install(onnx_model, monkeypatch):

@@ -91,6 +91,8 @@ def test_sets_hold_the_true_class_as_often_as_promised():
     low, high = np.mean(reached, axis=0)
     assert 0.89 < low < 0.92 and 0.94 < high < 0.97
     assert summarise_calibration(rows, labels[80:], None) is None
+    few = facts | {"scores": facts["scores"][:9]}  # just enough for 0.9
+    assert [row["promised"] for row in summarise_calibration(rows, labels[80:], few)["sets"]] == [0.9]
     with pytest.raises(UserError, match="needs 99 held-out photos or more; m has 80"):
         calibration.set_limit(facts, 0.99, "m")
     with pytest.raises(UserError, match="m was saved without predictions for held-out photos"):

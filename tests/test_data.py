@@ -98,6 +98,7 @@ def test_three_classes_and_sorted_names(tmp_path):
         (lambda f: shutil.rmtree(f), "no such data folder"),
         (lambda f: shutil.rmtree(f / "test"), "no test/ in"),
         (lambda f: (f / "train").rename(f / "training"), "no train/ in .*found: test, training"),
+        (lambda f: (f / "train/a/000.png").rename(f / "train/a/\udce9.png"), "is not UTF-8; rename it"),
         (lambda f: shutil.rmtree(f / "test/b"), "class 'b' is in .*/train but not in test/"),
         (lambda f: (f / "test/c").mkdir(), "class 'c' is in .*/test but not in train/"),
         (lambda f: [p.unlink() for p in (f / "train/a").iterdir()], "no image in .*/train/a"),

@@ -200,7 +200,10 @@ def _read_folder(data_dir: str, skip: Collection[Path], labels: Sequence[str]) -
         columns = {"image": [str(path) for path, _ in rows], "label": [label for _, label in rows]}
         if group_of:
             columns["group"] = [group_of.get(path) for path, _ in rows]
-        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+        try:
+            splits[split] = datasets.Dataset.from_dict(columns, features=features)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{error.object}: the name of this file is not UTF-8; rename it") from error
     return splits
 
 

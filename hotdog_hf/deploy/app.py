@@ -114,7 +114,7 @@ def save_feedback(feedback_dir: str | os.PathLike, path: str, label: str, label_
 
 def find_examples(model: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> list[Path]:
     """Return test photos of every class: of a data folder, or of the one a run trained on, if it is there."""
-    from hotdog_hf.data.folder import list_photos
+    from hotdog_hf.data.folder import list_classes, list_photos
 
     if data_dir is None:
         try:
@@ -123,7 +123,9 @@ def find_examples(model: str | os.PathLike, data_dir: str | os.PathLike | None =
             return []
         if not Path(data_dir, "test").is_dir():
             return []
-    classes = list_photos(data_dir)["test"].values()
+        classes = list_classes(Path(data_dir, "test")).values()
+    else:
+        classes = list_photos(data_dir)["test"].values()
     each = max(MAX_EXAMPLES // max(len(classes), 1), 1)
     return [photo for photos in classes for photo in photos[:each]][:MAX_EXAMPLES]
 
@@ -226,7 +228,7 @@ def _copies(examples: Sequence[Path]) -> list[str]:
     """Copy photos to a folder of their own: gradio may then show these, and nothing beside them."""
     folder = Path(tempfile.mkdtemp(prefix="hotdog_hf-examples-"))
     return [
-        str(shutil.copyfile(path, folder / f"{number}-{path.name}")) for number, path in enumerate(examples)
+        str(shutil.copyfile(path, folder / f"{number}{path.suffix}")) for number, path in enumerate(examples)
     ]
 
 

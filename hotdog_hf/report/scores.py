@@ -16,7 +16,13 @@ from hotdog_hf.metrics import (
     log_loss,
     sum_by,
 )
-from hotdog_hf.model.calibration import classes_within, conformal_quantile, set_limit, uncalibrated
+from hotdog_hf.model.calibration import (
+    classes_within,
+    conformal_quantile,
+    photos_needed,
+    set_limit,
+    uncalibrated,
+)
 from hotdog_hf.model.neighbors import Neighbors
 
 RESAMPLES = 1000
@@ -139,7 +145,7 @@ def summarise_calibration(
     both = {"before": uncalibrated(scores, calibration["temperature"]), "after": scores}
     sets = []
     for coverage in COVERAGES:
-        if kept + 1 >= 1 / (1 - coverage):
+        if kept >= photos_needed(coverage):
             within = classes_within(scores, set_limit(calibration, coverage, "the model"))
             sizes = within.sum(axis=1)
             sets.append(
