@@ -327,6 +327,10 @@ def test_ratios_are_taken_round_by_round():
     assert not targets(slower)[0].met
 
 
+def test_memory_that_was_measured_for_one_size_alone_meets_no_target():
+    assert targets(Measured(rows_of("memory", **{"1x": [100.0]}))) == []
+
+
 def curve(variant, number, *points):
     row = {"section": "accuracy", "variant": variant, "round": number, "curve": points}
     return row | {"test_accuracy": points[-1][1]}
