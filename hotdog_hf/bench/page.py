@@ -341,8 +341,9 @@ def draw(folder: Path, measured: Measured, section: str) -> str:
     title, unit = TITLES[section]
     if section == "profile":
         figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
-        _stacked_bar(axes, activities(measured))
-        figure.legend(ncols=4, fontsize=9, frameon=False, loc="outside lower center")
+        if parts := activities(measured):
+            _stacked_bar(axes, parts)
+            figure.legend(ncols=4, fontsize=9, frameon=False, loc="outside lower center")
     else:
         variants = [name for name in measured.variants(section) if measured.spread(section, name)]
         figure, axes = plt.subplots(figsize=(8, 0.9 + 0.34 * len(variants)), layout="constrained")
