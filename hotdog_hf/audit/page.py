@@ -73,8 +73,9 @@ def describe(audit: Audit) -> str:
     for name, entry in (
         ("accuracy to expect (cross-validated probe)", audit.accuracy),
         ("log-loss", audit.loss),
-        (f"forecast: accuracy with {2 * curve.sizes[-1]} photos", curve.forecast),
-        ("forecast: gain from twice the photos", curve.gain),
+        (f"learning curve: accuracy with {curve.sizes[-1]} photos", curve.accuracies[-1]),
+        (f"learning curve: forecast for {2 * curve.sizes[-1]} photos", curve.forecast),
+        ("learning curve: gain from twice the photos", curve.gain),
     ):
         rows.append(f"{name:<44}" + "".join(f"{value:8.3f}" for value in entry.values()))
     counts = {

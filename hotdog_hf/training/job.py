@@ -313,7 +313,8 @@ def build_state(
         weight_decay=knobs.weight_decay,
         decay_norm_and_bias=knobs.decay_norm_and_bias,
     )
-    accelerator.print(optim.describe_groups(groups, net))
+    if knobs.epochs:
+        accelerator.print(optim.describe_groups(groups, net))
     fused = optim.use_fused(accelerator)
     optimizer = optim.build_optimizer(groups, knobs.optimizer, knobs.momentum, fused=fused)
     schedule = optim.build_schedule(optimizer, knobs.schedule, total_steps, knobs.warmup_fraction)
