@@ -265,7 +265,7 @@ def test_photos_pushed_as_a_data_set_train_the_same_model(pushed, train, photos_
     assert f"pushed to {server.url}/datasets/tester/photos" in done.stdout
     done = train("hf://datasets/tester/photos", tmp_path / "run", "--epochs", 1, **env)
     assert done.returncode == 0, done.stderr
-    assert "train             13             12             25" in done.stdout
+    assert "\nall                25         11\n" in done.stdout
     first = safetensors.torch.load_file(pushed[1] / "model/model.safetensors")
     again = safetensors.torch.load_file(tmp_path / "run/model/model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in first.items())
