@@ -31,8 +31,7 @@ def decide_here(weights, data_dir, *flags):
 def one_epoch(monkeypatch):
     """Let a fine-tuning be tried for one epoch, and few photos take no more epochs than many."""
     monkeypatch.setattr(search, "FEWEST_PASSED", 0)
-    for name in ("TRIAL_EPOCHS", "FEWEST_TRIAL_EPOCHS"):
-        monkeypatch.setattr(search, name, {"full": 1, "light": 1})
+    monkeypatch.setattr(search, "TRIAL_EPOCHS", {"full": 1, "light": 1})
 
 
 def prefer(monkeypatch, recipe):
@@ -284,7 +283,34 @@ def test_few_minutes_try_less_and_more_try_more(tiny_weights, photos_dir, monkey
     monkeypatch.setattr(Search, "try_way", lambda _, way, layers: tried.append(way.recipe))
     prefer(monkeypatch, "full")
     decide_here(tiny_weights, photos_dir, "--minutes", 100)
-    assert tried == ["full", "full", "light"]
+    assert tried == ["full", "light"]
+
+
+@pytest.mark.parametrize(("minutes", "epochs"), [(5, [6]), (2.05, [1, 4]), (1.9, [1]), (0.2, [])])
+def test_a_trial_that_is_slower_than_expected_gets_fewer_epochs_or_none(
+    tiny_weights, photos_dir, monkeypatch, minutes, epochs
+):
+    """An epoch is expected to take a quarter of a second, and takes 10."""
+    clock, trained = SimpleNamespace(now=0.0), []
+    clock.perf_counter = lambda: clock.now
+
+    def train_steps(*_):
+        clock.now, trained[-1] = clock.now + 10, trained[-1] + 1
+        yield from ()
+
+    def build_part(search, *part):
+        trained.append(0)
+        return built(search, *part)
+
+    built = Search.build_part
+    monkeypatch.setattr(Search, "build_part", build_part)
+    for name, value in {"FEWEST_PASSED": 0, "ENOUGH_HELD_BACK": 1, "MUCH_BETTER": np.inf}.items():
+        monkeypatch.setattr(search, name, value)
+    monkeypatch.setattr(search.engine, "measure_speed", lambda *_: (0.01, 0.01))
+    monkeypatch.setattr(search.engine, "train_steps", train_steps)
+    monkeypatch.setattr(search, "time", clock)
+    decide_here(tiny_weights, photos_dir, "--minutes", minutes)
+    assert trained == epochs
 
 
 def test_full_fine_tuning_takes_more_epochs_on_few_photos():
@@ -295,8 +321,10 @@ def test_full_fine_tuning_takes_more_epochs_on_few_photos():
 def test_costs_follow_what_was_measured():
     costs = Costs(224, 100, 50, {"full": 0.4, "light": 0.2}, 0.1)
     assert costs.features(448, views=2) == pytest.approx(80) and costs.evaluation(224) == pytest.approx(5)
-    costs.correct(0.05)
-    assert (costs.eval_seconds, costs.training("full", 3)) == (0.05, pytest.approx(60))
+    costs.correct(0.3)
+    assert costs.features(224) == pytest.approx(30) and costs.training("full", 3) == pytest.approx(180)
+    costs.correct(0.1)
+    assert costs.features(224) == pytest.approx(10) and costs.training("full", 3) == pytest.approx(180)
 
 
 def test_with_one_photo_of_a_class_there_is_nothing_to_choose_on(tiny_weights, tmp_path):

@@ -43,10 +43,9 @@ TRIAL_EPOCHS, TELLING_STEPS, HOPELESS = {"full": 6, "light": 6}, 60, 2.0
 # A full one passes so many photos at least: of few, in more epochs (but in at most so many). Fewer steps end
 # far from where more would.
 FEWEST_PASSED, MOST_EPOCHS_OF_FEW = 1350, 40
-# With --minutes: the fewest epochs that tell what a fine-tuning is good for, the fewest that are worth
-# training on all of train, and the most. The first epoch of a light one only loses what the head had fitted.
-FEWEST_TRIAL_EPOCHS = {"full": 3, "light": 3}
-FEWEST_EPOCHS, MOST_EPOCHS = {"full": 4, "light": 3}, {"full": 20, "light": 6}
+# With --minutes: the smallest share of the usual epochs that tells what a fine-tuning is good for, the
+# smallest that is worth training on all of train, and the most epochs.
+TRIAL_SHARE, FINAL_SHARE, MOST_EPOCHS = 2 / 3, 1 / 2, {"full": 20, "light": 6}
 # Seconds of training on a photo by recipe, before any was trained, as shares of those for the whole network.
 TRAIN_SHARES = {"full": 1.0, "light": 0.7}
 # Seconds for what depends on no photo: fitting heads, saving, figures.
@@ -125,8 +124,7 @@ class Search:
         # A photo is read by each way to preprocess it, by each crop, and in every epoch.
         self.photos = photos = keep_decoded(config, accelerator, photos, data_config, reads=2)
         source.to(accelerator.device)
-        # Reading and decoding come on top of what is measured on photos in memory.
-        speeds = [1.2 * each for each in engine.measure_speed(accelerator, source, self.size)]
+        speeds = engine.measure_speed(accelerator, source, self.size)
         speeds = launch.run_on_main(accelerator, lambda: speeds)
         others = sum(len(rows) for name, rows in photos.splits.items() if name != "train")
         train_seconds = {recipe: share * speeds[0] for recipe, share in TRAIN_SHARES.items()}
@@ -160,7 +158,7 @@ class Search:
         if chosen.recipe in TRIAL_EPOCHS and self.config.run.minutes is not None:
             epochs = int((self.left() - self.finish_seconds(chosen)) / self.costs.training(chosen.recipe, 1))
             most = max(MOST_EPOCHS[chosen.recipe], self.epochs(chosen.recipe))
-            epochs = int(np.clip(epochs, FEWEST_EPOCHS[chosen.recipe], most))
+            epochs = int(np.clip(epochs, self.fewest_epochs(chosen.recipe), most))
             chosen = chosen._replace(knobs={**chosen.knobs, "epochs": epochs})
             why += f"; {epochs} epochs fit into the time"
         return chosen, why, best.calibration
@@ -207,11 +205,24 @@ class Search:
         views += self.config.run.neighbors and candidate.recipe in TRIAL_EPOCHS
         return self.costs.features(size, views) + self.costs.evaluation(size) + FIXED_SECONDS
 
-    def trial_seconds(self, recipe: str) -> float:
-        """Return the seconds of the shortest trial of a recipe and of its shortest final run."""
-        epochs = self.trial_size(FEWEST_TRIAL_EPOCHS[recipe]) + FEWEST_EPOCHS[recipe]
-        final = self.finish_seconds(self.source_probe(self.best_geometry.tried.candidate.knobs))
-        return self.costs.training(recipe, epochs) + final
+    def fewest_epochs(self, recipe: str) -> int:
+        """Return the fewest epochs that a fine-tuning is worth on all of train."""
+        return math.ceil(FINAL_SHARE * self.epochs(recipe))
+
+    def fewest_trial_epochs(self, recipe: str) -> int:
+        """Return the fewest epochs on a part of train that tell something of a fine-tuning."""
+        return math.ceil(TRIAL_SHARE * self.trial_epochs(recipe))
+
+    def has_time(self, seconds: float, head: Candidate) -> bool:
+        """Whether there is time to try a head, and then for a fine-tuning if there is now, or to train it."""
+        left, final = self.left(), self.finish_seconds(head)
+        shortest = final + min(
+            self.costs.training(
+                recipe, self.trial_size(self.fewest_trial_epochs(recipe)) + self.fewest_epochs(recipe)
+            )
+            for recipe in TRIAL_EPOCHS
+        )
+        return seconds <= left - (shortest if left > shortest else final)
 
     def larger(self) -> int | None:
         """Return a size above the model's own that is tried too; None if the size is given or fixed."""
@@ -229,11 +240,11 @@ class Search:
             geometries.append({"preprocessing": "model", "image_size": larger})
         for knobs in geometries:
             size = knobs.get("image_size", self.size)
-            cost = self.costs.features(size) + self.costs.evaluation(size) + FIXED_SECONDS
-            if self.board.tried and cost > self.left():
+            candidate = self.source_probe(knobs, f", {self.geometry_name(knobs)}")
+            if self.board.tried and not self.has_time(self.costs.features(size), candidate):
                 continue
-            begun = time.perf_counter()
             extractor, prior_of = self.extractor(knobs)
+            begun = time.perf_counter()
             features = extractor.split("train", self.config.run.seed).features.numpy()
             seconds = (time.perf_counter() - begun) / self.costs.features(size) * self.costs.eval_seconds
             seconds = launch.run_on_main(self.accelerator, functools.partial(float, seconds))
@@ -243,7 +254,6 @@ class Search:
                 cross_validate, features, self.labels, prior_of, self.folds, (), self.weights
             )
             outputs, layers = launch.run_on_main(self.accelerator, fit)
-            candidate = self.source_probe(knobs, f", {self.geometry_name(knobs)}")
             tried = self.show(self.board.add(candidate, outputs))
             self.starts.append((tried, layers))
             if tried is self.board.reference():
@@ -280,13 +290,12 @@ class Search:
 
     def try_crops(self) -> None:
         """Try the best geometry with random crops to learn from, with flips if they change little."""
-        best, costs = self.best_geometry, self.costs
+        best = self.best_geometry
         geometry = best.tried.candidate.knobs
         size = geometry.get("image_size", self.size)
-        # Learned now and once more if chosen, unless that leaves no time for a training that would fit.
-        cost = costs.features(size, 1 + 2 * VIEWS) + costs.evaluation(size) + 2 * FIXED_SECONDS
-        spare = self.left() - min(map(self.trial_seconds, TRIAL_EPOCHS))
-        if cost > (spare if spare > 0 else self.left()):
+        # The mirror images, then the crops.
+        seconds = self.costs.features(size, 1 + VIEWS)
+        if not self.has_time(seconds, self.source_probe({**geometry, "probe_views": VIEWS})):
             return
         self.test_mirrored()
         area, flip = self.crop["min_crop_area"], self.crop["flip"]
@@ -331,35 +340,41 @@ class Search:
         own_start = next(pair for pair in self.starts if "image_size" not in pair[0].candidate.knobs)
         full = {**own_start[0].candidate.knobs, **self.crop, "epochs": self.epochs("full")}
         self.try_way(Candidate("full fine-tuning", "full", full), own_start[1])
-        if self.config.run.minutes is not None:
+        heads_best, best = (self.board.score(each) for each in (self.board.reference(), self.board.best()[0]))
+        if best >= MUCH_BETTER * heads_best:
+            # On crops of the model's own size: things in random crops are larger than in the whole photo, so
+            # that the larger size of evaluation suits it (Touvron et al. 2019, arXiv 1906.06423).
+            geometry = best_start[0].candidate.knobs
+            light = {**geometry, **self.crop}
+            if "image_size" in geometry:
+                light["train_image_size"] = self.size
+            name = f"light fine-tuning, {self.geometry_name(geometry)}"
+            self.try_way(Candidate(name, "light", light), best_start[1])
+        if self.config.run.minutes is not None and self.board.best()[0].candidate.recipe == "full":
             other = GENTLE_CROPS if self.crop == CROPS else CROPS
             self.try_way(Candidate("full fine-tuning, other crops", "full", full | other), own_start[1])
-        heads_best, best = (self.board.score(each) for each in (self.board.reference(), self.board.best()[0]))
-        if best < MUCH_BETTER * heads_best:
-            return
-        # On crops of the model's own size: things in random crops are larger than in the whole photo, so that
-        # the larger size of evaluation suits it (Touvron et al. 2019, arXiv 1906.06423).
-        geometry = best_start[0].candidate.knobs
-        light = {**geometry, **self.crop}
-        if "image_size" in geometry:
-            light["train_image_size"] = self.size
-        name = f"light fine-tuning, {self.geometry_name(geometry)}"
-        self.try_way(Candidate(name, "light", light), best_start[1])
+
+    def epochs_in_time(self, way: Candidate) -> float:
+        """Return how many epochs of a trial leave time for the shortest training on all of train."""
+        final = self.costs.training(way.recipe, self.fewest_epochs(way.recipe)) + self.finish_seconds(way)
+        return (self.left() - final) / self.costs.training(way.recipe, self.trial_size(1))
 
     def try_way(self, way: Candidate, layers: list[Layer]) -> None:
         """Try a fine-tuning from fitted heads, if there is time for it: fewer epochs if there is little."""
-        recipe = way.recipe
-        room = self.left() - self.costs.training(recipe, FEWEST_EPOCHS[recipe]) - self.finish_seconds(way)
-        epochs = min(room / self.costs.training(recipe, self.trial_size(1)), self.trial_epochs(recipe))
-        if epochs < FEWEST_TRIAL_EPOCHS[recipe]:
+        epochs = int(min(self.epochs_in_time(way), self.trial_epochs(way.recipe)))
+        if epochs < self.fewest_trial_epochs(way.recipe):
+            self.accelerator.print(f"{way.name}: not tried, as there is no time for it")
             return
         parts = []
         for fold, layer in zip(self.trial_folds, layers, strict=False):
             try:
-                part, given_up = self.train_part(way, layer, fold, int(epochs))
+                part, given_up = self.train_part(way, layer, fold, epochs)
             except engine.NonFiniteLossError:  # on all processes at once
                 launch.release(self.accelerator)
                 self.accelerator.print(f"{way.name}: given up, as its loss became NaN or infinite")
+                return
+            if part is None:  # slower than expected
+                self.try_way(way, layers)
                 return
             parts.append(part)
             if given_up:
@@ -369,16 +384,17 @@ class Search:
 
     def train_part(
         self, way: Candidate, layer: Layer, fold: tuple[np.ndarray, np.ndarray], epochs: int
-    ) -> tuple[np.ndarray, bool]:
+    ) -> tuple[np.ndarray | None, bool]:
         """Train a candidate from a fitted head on all folds but one, and test it on that one.
 
-        Returns log-probabilities [n, classes] of the held-back photos, and whether it was given up.
+        Returns log-probabilities [n, classes] of the held-back photos, and whether it was given up; None for
+        them if the first epoch took so long that there is no time for the others.
         """
         learned, rows = fold
         hopeless = HOPELESS * self.board.reference().losses[rows].mean()
         job = self.build_part(way, layer, fold, epochs)
         telling = way.recipe == "full" and epochs // 2 * len(job.train_loader) >= TELLING_STEPS
-        begun, given_up = time.perf_counter(), False
+        begun, outputs, given_up = time.perf_counter(), None, False
         for epoch in range(1, epochs + 1):
             job.train_loader.batch_sampler.seek(epoch)
             title = f"{way.name} on a part, epoch {epoch}/{epochs}"
@@ -392,6 +408,8 @@ class Search:
             if epoch == 1:
                 seconds = functools.partial(float, (time.perf_counter() - begun) / len(learned))
                 self.costs.train_seconds[way.recipe] = launch.run_on_main(self.accelerator, seconds)
+                if self.epochs_in_time(way) < epochs - 1:
+                    break
             if epoch == epochs or (epoch == epochs // 2 and telling):
                 outputs = self.evaluate_part(job)
                 given_up = way.recipe == "full" and self.board.losses(outputs, rows).mean() > hopeless
