@@ -40,18 +40,12 @@ class FeatureExtractor:
     data_config: dict
     num_workers: int = 0
 
-    def split(self, name: str, seed: int = 0) -> FeatureDataset:
-        """Return the features of a split, its photos preprocessed as for evaluation."""
-        transform, cache = eval_transform(self.data_config), self.photos.cache
-        photo_set = PhotoDataset(self.photos.splits[name], transform, seed, cache)
-        return self._pooled(photo_set, self._facts(name), name)
-
-    def mirrored(self, name: str) -> FeatureDataset:
-        """Return the features of the mirror images of a split's photos, otherwise as for evaluation."""
-        photo_set = PhotoDataset(
-            self.photos.splits[name], Mirrored(self.data_config), cache=self.photos.cache
-        )
-        return self._pooled(photo_set, [*self._facts(name), "mirrored"], f"{name}, mirrored")
+    def split(self, name: str, seed: int = 0, *, mirrored: bool = False) -> FeatureDataset:
+        """Return the features of a split, or of its mirror images, preprocessed as for evaluation."""
+        transform = Mirrored(self.data_config) if mirrored else eval_transform(self.data_config)
+        photo_set = PhotoDataset(self.photos.splits[name], transform, seed, self.photos.cache)
+        kind = ["mirrored"] if mirrored else []
+        return self._pooled(photo_set, [*self._facts(name), *kind], ", ".join([name, *kind]))
 
     def crops(
         self, name: str, count: int, min_crop_area: float, seed: int, flip: bool = True

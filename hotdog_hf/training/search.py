@@ -314,7 +314,8 @@ class Search:
     def test_mirrored(self) -> None:
         """Crop gently, without flips, if heads do clearly worse on the mirror images of held-back photos."""
         best = self.best_geometry
-        features, losses = best.extractor.mirrored("train").features.numpy(), np.zeros(len(self.labels))
+        features = best.extractor.split("train", mirrored=True).features.numpy()
+        losses = np.zeros(len(self.labels))
         for (_, rows), layer in zip(self.folds, best.layers, strict=True):
             outputs = scipy.special.log_softmax(layer.logits(features[rows]), axis=1)
             losses[rows] = self.board.losses(outputs, rows)
