@@ -96,6 +96,26 @@ def test_photos_are_flipped_in_training_unless_their_mirror_images_are_others(
     ]
 
 
+def test_crops_are_tried_where_a_source_probe_is_best_even_if_a_probe_is_better(
+    tiny_weights, photos_dir, monkeypatch
+):
+    """Each geometry is better than the one before."""
+    monkeypatch.setattr(Search, "try_training", lambda _: None)
+    monkeypatch.setattr(Search, "larger", lambda _: 96)
+
+    def outputs(labels):
+        return scipy.special.log_softmax(next(sharpness) * np.eye(2)[labels], axis=1)
+
+    def cross_validate(features, labels, *rest):
+        return outputs(labels), regression.cross_validate(features, labels, *rest)[1]
+
+    sharpness = iter([1, 2, 9, 3, 4])  # the third is the probe's
+    monkeypatch.setattr(search, "cross_validate", cross_validate)
+    monkeypatch.setattr(Search, "cross_validate_probe", lambda search, _: outputs(search.labels))
+    tried = decide_here(tiny_weights, photos_dir).record["tried"]
+    assert [row["knobs"].get("image_size") for row in tried] == [None, 96, 96, None, None]
+
+
 def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, monkeypatch):
     one_epoch(monkeypatch)
     monkeypatch.setattr(search, "HOPELESS", np.inf)

@@ -257,12 +257,17 @@ class Search:
             outputs, layers = launch.run_on_main(self.accelerator, fit)
             tried = self.show(self.board.add(candidate, outputs))
             self.starts.append((tried, layers))
-            if tried is self.board.reference():
+            if tried is self.best_start()[0]:
                 self.best_geometry = Geometry(extractor, prior_of, features, tried, layers)
             if knobs["preprocessing"] == "chapter":
                 fit = functools.partial(self.cross_validate_probe, features)
                 probe = Candidate(f"probe, {self.geometry_name(knobs)}", "probe", {})
                 self.show(self.board.add(probe, launch.run_on_main(self.accelerator, fit)))
+
+    def best_start(self, with_size: bool = True) -> tuple[Tried, list[Layer]]:
+        """Return the source-probe of the lowest log-loss and its layers, or that at the model's own size."""
+        starts = [each for each in self.starts if with_size or "image_size" not in each[0].candidate.knobs]
+        return min(starts, key=lambda each: each[0].losses.mean())
 
     def geometry_name(self, knobs: dict) -> str:
         """Return a geometry in words."""
@@ -337,9 +342,8 @@ class Search:
 
     def try_training(self) -> None:
         """Try fine-tuning on all folds but one, tested on that one."""
-        self.starts.sort(key=lambda pair: pair[0].losses.mean())
-        best_start = self.starts[0]
-        own_start = next(pair for pair in self.starts if "image_size" not in pair[0].candidate.knobs)
+        best_start = self.best_start()
+        own_start = self.best_start(with_size=False)
         full = {**own_start[0].candidate.knobs, **self.crop, "epochs": self.epochs("full")}
         self.try_way(Candidate("full fine-tuning", "full", full), own_start[1])
         heads_best, best = (self.board.score(each) for each in (self.board.reference(), self.board.best()[0]))
