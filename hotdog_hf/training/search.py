@@ -152,6 +152,7 @@ class Search:
             return self.source_probe({}), why, None
         self.accelerator.print(f"{self.describe_plan()}\n{HEADER}")
         self.try_heads()
+        self.test_mirrored()
         self.try_crops()
         self.try_training()
         best, why = self.board.best()
@@ -201,9 +202,8 @@ class Search:
     def finish_seconds(self, candidate: Candidate) -> float:
         """Return the seconds of a candidate's final run, without those of its epochs."""
         size = candidate.knobs.get("image_size", self.size)
-        views = 1 + candidate.knobs.get("probe_views", 0)
         # Features of the trained network are kept with it; those of the source are in the cache.
-        views += self.config.run.neighbors and candidate.recipe in TRIAL_EPOCHS
+        views = int(self.config.run.neighbors and candidate.recipe in TRIAL_EPOCHS)
         return self.costs.features(size, views) + self.costs.evaluation(size) + FIXED_SECONDS
 
     def fewest_epochs(self, recipe: str) -> int:
@@ -294,32 +294,12 @@ class Search:
             outputs[held_back] = scipy.special.log_softmax(layer.logits(features[held_back]), axis=1)
         return outputs
 
-    def try_crops(self) -> None:
-        """Try the best geometry with random crops to learn from, with flips if they change little."""
-        best = self.best_geometry
-        geometry = best.tried.candidate.knobs
-        size = geometry.get("image_size", self.size)
-        # The mirror images, then the crops.
-        seconds = self.costs.features(size, 1 + VIEWS)
-        if not self.has_time(seconds, self.source_probe({**geometry, "probe_views": VIEWS})):
-            return
-        self.test_mirrored()
-        area, flip = self.crop["min_crop_area"], self.crop["flip"]
-        views = best.extractor.crops("train", VIEWS, area, self.config.run.seed, flip)
-        views = [view.features.numpy() for view in views]
-        fit = functools.partial(
-            cross_validate, best.features, self.labels, best.prior_of, self.folds, views, self.weights
-        )
-        knobs = geometry | self.crop
-        knobs |= {"augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
-        outputs, _ = launch.run_on_main(self.accelerator, fit)
-        name = f"crops from {area:.0%}, {'flips' if flip else 'no flips'}"
-        candidate = self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}")
-        self.show(self.board.add(candidate, outputs))
-
     def test_mirrored(self) -> None:
         """Crop gently, without flips, if heads do clearly worse on the mirror images of held-back photos."""
         best = self.best_geometry
+        seconds = self.costs.features(best.tried.candidate.knobs.get("image_size", self.size))
+        if seconds > self.left() - self.finish_seconds(best.tried.candidate):
+            return
         features = best.extractor.split("train", mirrored=True).features.numpy()
         losses = np.zeros(len(self.labels))
         for (_, rows), layer in zip(self.folds, best.layers, strict=True):
@@ -339,6 +319,26 @@ class Search:
             f"log-loss of mirrored photos: {losses.mean():.3f} instead of {best.tried.losses.mean():.3f}"
             f" (± {error:.3f}), so {'no flips' if clear else 'flips'} in training"
         )
+
+    def try_crops(self) -> None:
+        """Try the best geometry with random crops to learn from."""
+        best = self.best_geometry
+        geometry = best.tried.candidate.knobs
+        seconds = self.costs.features(geometry.get("image_size", self.size), VIEWS)
+        if not self.has_time(seconds, best.tried.candidate):
+            return
+        area, flip = self.crop["min_crop_area"], self.crop["flip"]
+        views = best.extractor.crops("train", VIEWS, area, self.config.run.seed, flip)
+        views = [view.features.numpy() for view in views]
+        fit = functools.partial(
+            cross_validate, best.features, self.labels, best.prior_of, self.folds, views, self.weights
+        )
+        knobs = geometry | self.crop
+        knobs |= {"augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
+        outputs, _ = launch.run_on_main(self.accelerator, fit)
+        name = f"crops from {area:.0%}, {'flips' if flip else 'no flips'}"
+        candidate = self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}")
+        self.show(self.board.add(candidate, outputs))
 
     def try_training(self) -> None:
         """Try fine-tuning on all folds but one, tested on that one."""
