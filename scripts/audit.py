@@ -12,7 +12,10 @@ import tyro
 from tyro.conf import Positional
 
 from hotdog_hf.config import DEFAULT_DATA_DIR, DataConfig
+from hotdog_hf.data.folder import check_data_dir
+from hotdog_hf.data.labels import check_tables
 from hotdog_hf.errors import exit_on_user_error
+from hotdog_hf.model.places import check_weights
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,11 @@ class AuditConfig:
 
 def main(config: AuditConfig) -> None:
     """Audit, write the page, print the table."""
-    # Imported here so that --help and a mistyped flag answer before torch is loaded.
+    # Imported below so that --help, a mistyped flag and a missing file respond before torch is loaded.
+    check_data_dir(config.data_dir)
+    check_tables(config.labels)
+    check_weights(config.weights)
+
     import shlex
     import sys
 

@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import Positional
 
 from hotdog_hf.errors import exit_on_user_error
+from hotdog_hf.model.places import check_model
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class ExportConfig:
 
 def main(config: ExportConfig) -> None:
     """Export, check, write."""
-    # Imported here so that --help and a mistyped flag respond before torch is loaded.
+    # Imported below so that --help, a mistyped flag and a missing model respond before torch is loaded.
+    check_model(config.model)
+
     import functools
 
     from hotdog_hf.deploy.export import export_onnx

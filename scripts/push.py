@@ -9,13 +9,14 @@ Log in once with `hf auth login`, or set HF_TOKEN.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
+from hotdog_hf.data.folder import check_data_dir
 from hotdog_hf.errors import UserError, exit_on_user_error
+from hotdog_hf.model.places import check_model_folder
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,15 @@ class PushConfig:
 
 def main(config: PushConfig) -> None:
     """Check the permission, then upload."""
+    # Imported below so that --help, a mistyped flag and a missing folder respond before torch is loaded.
     if len(config.names) != (1 if config.dataset else 2):
         raise UserError("give a model folder and a Hub name: MODEL user/name, or --dataset DIR user/name")
+
+    folder, repo = config.names[0], config.names[-1]
+    if config.dataset:
+        check_data_dir(config.dataset)
+    else:
+        check_model_folder(folder, folder)
 
     from hotdog_hf import hub
     from hotdog_hf.data.folder import describe_counts
@@ -52,16 +60,12 @@ def main(config: PushConfig) -> None:
     from hotdog_hf.model import saved
     from hotdog_hf.model.licenses import describe_upload
 
-    repo = config.names[-1]
     if config.dataset:
         photos = load_photos(config.dataset)
         print(describe_counts(Photos(photos, config.dataset).counts()))
         hub.check_can_push(repo, repo_type="dataset")
         print("pushed to", push_photos(photos, repo, private=config.private))
     else:
-        folder = config.names[0]
-        if not Path(folder).is_dir():
-            raise UserError(f"{folder} is not a folder: give a run's model/")
         saved.load_model(folder)  # raises if it cannot be loaded
         hub.check_can_push(repo, "space" if config.space else "model")
         print(describe_upload(folder))

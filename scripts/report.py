@@ -14,6 +14,7 @@ from tyro.conf import Positional
 
 from hotdog_hf.config import DataConfig
 from hotdog_hf.errors import exit_on_user_error
+from hotdog_hf.model.places import check_model
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ class ReportConfig:
 
 def main(config: ReportConfig) -> None:
     """Load model and photos, predict, write."""
-    # Imported here so that --help and a mistyped flag respond before torch is loaded.
+    # Imported below so that --help, a mistyped flag and a missing model respond before torch is loaded.
+    check_model(config.model)
+
     import shlex
     import sys
 

@@ -10,13 +10,19 @@ Finished runs are not repeated: the same command resumes an interrupted study.
 
 import tyro
 
+from hotdog_hf.data.folder import check_data_dir
 from hotdog_hf.errors import exit_on_user_error
+from hotdog_hf.model.places import check_weights
 from hotdog_hf.study.plan import ReproduceConfig
 
 
 def main(config: ReproduceConfig) -> None:
     """Train the runs that are missing, and write the results."""
-    # Imported here so that --help and a mistyped flag respond before torch is loaded.
+    # Imported below so that --help, a mistyped flag and a missing file respond before torch is loaded.
+    for folder in config.data_dir:
+        check_data_dir(folder)
+    check_weights(config.weights)
+
     from hotdog_hf.study import comparison, runner
     from hotdog_hf.training import launch
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
+from hotdog_hf.data.folder import check_data_dir
 from hotdog_hf.errors import exit_on_user_error
 
 
@@ -35,7 +36,9 @@ class ShardConfig:
 
 def main(config: ShardConfig) -> None:
     """Check the photos, pack them, and print what was written."""
-    # Imported here so that --help and a mistyped flag respond at once.
+    # Imported below so that --help, a mistyped flag and a missing folder respond at once.
+    check_data_dir(config.source)
+
     from pathlib import Path
 
     from hotdog_hf import files

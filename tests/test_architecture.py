@@ -134,7 +134,13 @@ finally:
         (("train.py", "--data-dir", "missing"), "no such data folder: missing"),
         (("train.py", "--data-dir", ".", "--weights", "missing.pth"), "--weights missing.pth: no such file"),
         (("train.py", "--data-dir", ".", "--labels", "missing.csv"), "missing.csv"),
+        (("audit.py", "missing"), "no such data folder: missing"),
+        (("shard.py", "missing", "shards"), "no such data folder: missing"),
+        (("reproduce.py", "--data-dir", "missing"), "no such data folder: missing"),
         (("predict.py", "runs/missing/model", "photo.jpg"), "runs/missing/model is not a saved model"),
+        (("report.py", "runs/missing/model"), "runs/missing/model is not a saved model"),
+        (("export.py", "runs/missing/model", "model.onnx"), "runs/missing/model is not a saved model"),
+        (("push.py", "hf-hub:user/model", "user/copy"), "hf-hub:user/model is not a saved model"),
     ],
 )
 def test_what_is_missing_is_named_before_torch_is_imported(words, message):

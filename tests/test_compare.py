@@ -128,6 +128,11 @@ def test_what_cannot_be_compared_is_named(two, tmp_path, spoil, message):
         runs.read_runs(two)
 
 
+def test_the_run_of_a_saved_model_is_named(two):
+    with pytest.raises(UserError, match=f"model is not the folder .*; {two[1]} is one$"):
+        runs.read_runs([two[0], f"{two[1]}/model"])
+
+
 def test_a_run_is_not_compared_with_itself(two):
     with pytest.raises(ValueError, match="give runs that differ"):
         runpy.run_path(str(ROOT / "scripts/compare.py"))["CompareConfig"]((*two, f"{two[0]}/../a"))

@@ -83,6 +83,7 @@ def test_a_broken_safetensors_header_is_one_line(tmp_path):
     ("name", "message"),
     [
         ("resnet81", "did you mean .*resnet"),
+        (".", "the folder of a trained model is given by --weights"),
         ("qqq", "list_models"),
         ("resnet18.no_such_tag", "known: .*resnet18.tv_in1k"),
     ],

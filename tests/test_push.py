@@ -235,8 +235,6 @@ def test_pushing_later_stays_private_and_on_its_branch(server, env, pushed):
 
 
 def test_what_is_no_model_is_not_pushed(tmp_path, env):
-    done = run("python", ROOT / "scripts/push.py", "hf-hub:tester/nothing", "tester/copy", **env)
-    assert done.returncode == 2 and "hf-hub:tester/nothing is not a folder" in done.stderr
     done = run("python", ROOT / "scripts/push.py", tmp_path, "tester/nothing", **env)
     assert done.returncode == 2 and "is not a saved model" in done.stderr
     done = run("python", ROOT / "scripts/push.py", "tester/nothing", **env)

@@ -80,9 +80,10 @@ def _read(folder: Path, name: str) -> Run:
         )
     except (OSError, ValueError, LookupError, StopIteration, AttributeError, TypeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        hint = f"; {folder.parent} is one" if (folder.parent / "predictions.csv").is_file() else ""
         raise UserError(
             f"{folder} is not the folder of a finished run with config.json, metrics.jsonl and"
-            f" predictions.csv ({reason})"
+            f" predictions.csv ({reason}){hint}"
         ) from error
 
 

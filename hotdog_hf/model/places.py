@@ -20,6 +20,12 @@ def is_on_hub(name: str | os.PathLike) -> bool:
     return not Path(name).exists() and bool(re.fullmatch(rf"({HUB_PREFIX})?[^/:]+/[^/]+", str(name)))
 
 
+def check_model(name: str | os.PathLike) -> None:
+    """Raise `UserError` for a name that is neither a saved model's folder nor one on the Hub."""
+    if not is_on_hub(name):
+        check_model_folder(name, name)
+
+
 def check_model_folder(folder: str | os.PathLike, name: str | os.PathLike) -> None:
     """Raise `UserError` for a folder that is no saved model; the message calls it `name`."""
     if not Path(folder).exists():

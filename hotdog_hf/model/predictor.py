@@ -24,7 +24,7 @@ from hotdog_hf.errors import UserError, printable
 from hotdog_hf.machine import allowed_cores, keep_freed_memory
 from hotdog_hf.model import calibration, neighbors
 from hotdog_hf.model.neighbors import KEEP, UNKNOWN
-from hotdog_hf.model.places import check_model_folder, is_on_hub
+from hotdog_hf.model.places import check_model
 
 if TYPE_CHECKING:
     import torch
@@ -148,8 +148,7 @@ def _with_mirror(predictor: Predictor) -> Predictor:
 
 
 def _load_saved(name: str | os.PathLike, precision: str) -> Predictor:
-    if not is_on_hub(name):
-        check_model_folder(name, name)
+    check_model(name)
     import torch
 
     from hotdog_hf.data import transforms

@@ -83,6 +83,8 @@ def _check_name(name: str) -> None:
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() lists them all"
+        if Path(name).exists():
+            hint = "; a file of weights or the folder of a trained model is given by --weights"
         raise UserError(f"--model {name!r} is not a timm model{hint}")
     if tag and name not in timm.list_pretrained(f"{architecture}.*"):
         known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
