@@ -86,7 +86,7 @@ def main(config: AuditConfig) -> None:
         network = describe_source(config.model, config.weights)
         trained_here = runner.is_trained_on(config.weights, config.data_dir)
         page.write_audit(folder, audit, network, trained_here, shlex.join(["python", *sys.argv]))
-        print(page.describe(audit))
+        print(page.describe(audit, trained_here))
         if config.write_fixes:
             count = page.write_fixes(config.write_fixes, audit)
             print(f"{count} labels to look through, most suspicious first: {config.write_fixes}")

@@ -131,8 +131,12 @@ def test_many_classes_get_their_most_frequent_confusions(tmp_path):
         findings=[],
         **runner._scores(features, labels, np.arange(93), 0, 31),
     )
-    page.write_audit(tmp_path / "audit", found, "a network", False, "python scripts/audit.py photos")
-    shown = Page((tmp_path / "audit/audit.html").read_text(encoding="utf-8"))
+    for trained_here in (True, False):
+        command = "python scripts/audit.py photos"
+        page.write_audit(tmp_path / "audit", found, "a network", trained_here, command)
+        shown = Page((tmp_path / "audit/audit.html").read_text(encoding="utf-8"))
+        for text in (shown.words, page.describe(found, trained_here)):
+            assert (page.TRAINED_HERE in text) == trained_here
     assert "The most frequent mistakes; audit.json has all of them." in shown.words
     assert "Photos by label" not in shown.words
 

@@ -27,6 +27,10 @@ SHOWN_ODD = 12
 SHOWN_NEIGHBOURS = 3
 SHOWN_FINDINGS = 10
 PICTURE, SMALL = 256, 112
+TRAINED_HERE = (
+    "This network was trained on photos of this folder. On photos that it has learned, the numbers below are"
+    " better than they will be on others, and wrong labels may look right."
+)
 check_output_dir = functools.partial(webpage.check_output_dir, files=FILES, what="an audit")
 
 
@@ -66,9 +70,10 @@ def write_fixes(path: str, audit: Audit) -> int:
     return len(rows)
 
 
-def describe(audit: Audit) -> str:
+def describe(audit: Audit, trained_here: bool = False) -> str:
     """Return the table for the terminal: every number with its interval, and what was counted."""
-    rows = [f"{'with the 95 % interval from low to high':<44}{'value':>8}{'low':>8}{'high':>8}"]
+    rows = [TRAINED_HERE] if trained_here else []
+    rows += [f"{'with the 95 % interval from low to high':<44}{'value':>8}{'low':>8}{'high':>8}"]
     curve = audit.curve
     for name, entry in (
         ("accuracy to expect (cross-validated probe)", audit.accuracy),
@@ -88,7 +93,7 @@ def describe(audit: Audit) -> str:
     rows += [f"{name:<44}{count:8}" for name, count in counts.items()]
     rows.append(advice(audit))
     if found := suggestions(audit):
-        rows.append(f"{len(found)} photos are predicted to be of another class than their label, first:")
+        rows.append(f"photos whose predicted class is not their label: {len(found)}, first:")
     for path, label, suggested, confidence in found[:5]:
         path, label, suggested = map(printable, (path, label, suggested))
         rows.append(f"  {path}: labelled {label}, looks like {suggested} ({confidence:.2f})")
@@ -162,6 +167,7 @@ def _page(audit: Audit, about: dict, command: str) -> str:
         confused=most_confused(audit.confusion, MAX_TABLE_CLASSES),
         command=printable(command),
         version=hotdog_hf.__version__,
+        warning=TRAINED_HERE,
         advice=advice(audit),
         plot=_plot(audit.curve),
         wrong=[_suspect(audit, i) for i in wrong[:SHOWN]],
