@@ -20,28 +20,27 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 os.environ["HOTDOG_CACHE"] = os.environ.get("HOTDOG_CACHE") or os.environ.get("XDG_CACHE_HOME", "~/.cache")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hotdog_hf-tests-")
 
-import numpy as np
 import pytest
-import safetensors.torch
-import timm
-import torch
 from forked import Process, run_forked
-from PIL import Image
 
+# torch and the like are imported below: pytest-xdist's first process, which needs none, starts the others.
 if TYPE_CHECKING:
+    import torch
     from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = "test_resnet.r160_in1k"
 
-torch.set_num_threads(1)
-# What was imported stays: to look through it after every training in this process takes a third of a second.
-gc.freeze()
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` or `app` where that is not."""
+    """Prepare the process that runs the tests; skip what is marked `gpu` or `app` where that is not."""
+    import torch
+
+    torch.set_num_threads(1)
+    # What was imported stays: to look through it after every training here takes a third of a second.
+    gc.freeze()
     absent = {}
     if not torch.cuda.is_available():
         absent["gpu"] = "needs an NVIDIA GPU; this machine has none"
@@ -55,6 +54,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def draw_photos(folder: Path, counts: dict[str, int], size: tuple[int, int] = (72, 56)) -> None:
     """Draw noisy one-coloured pictures, one hue a class, so that a tiny network can tell them apart."""
+    import numpy as np
+    from PIL import Image
+
     for number, (name, count) in enumerate(sorted(counts.items())):
         (folder / name).mkdir(parents=True)
         for index in range(count):
@@ -64,8 +66,10 @@ def draw_photos(folder: Path, counts: dict[str, int], size: tuple[int, int] = (7
             Image.fromarray(pixels).save(folder / name / f"{index:03}.png")
 
 
-def network_inputs(photo_set: torch.utils.data.Dataset) -> torch.Tensor:
+def network_inputs(photo_set: "torch.utils.data.Dataset") -> "torch.Tensor":
     """All photos of a data set as a network takes them, one batch [N, 3, H, W]."""
+    import torch
+
     return photo_set.network_input(torch.stack([row["pixel_values"] for row in photo_set]))
 
 
@@ -114,6 +118,10 @@ def faults_in_browser(browser) -> Callable[[Path], list[str]]:
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory) -> Path:
     """A file of "pretrained" weights for TINY_MODEL with 1000 classes."""
+    import safetensors.torch
+    import timm
+    import torch
+
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     safetensors.torch.save_file(timm.create_model(TINY_MODEL, pretrained=False).state_dict(), path)

@@ -2,8 +2,8 @@
 
 Imports take most of a script's time in these tests. What is run is the script itself, by its own name, with
 the arguments, environment and folder that a user would give. What the interpreter and the libraries read of
-the environment as they start must be as it was then: libraries that ask the Hub are imported by the fork
-where it has an environment of its own, and a test that tells the interpreter something needs a fresh one.
+the environment as they start must be as it was then: libraries that ask the Hub are imported anew in another
+environment of theirs (`HF_...`), and a test that tells the interpreter something needs a fresh one.
 """
 
 import atexit
@@ -18,25 +18,64 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, TextIO
 
-ALL = (
-    "hotdog_hf.training.loop hotdog_hf.report.page hotdog_hf.report.runner hotdog_hf.study.page"
-    " hotdog_hf.study.runner hotdog_hf.deploy.export accelerate.commands.accelerate_cli"
-)
 THOSE_WITHOUT_A_HUB = (
     "torch torchvision torch._dynamo sklearn.linear_model scipy.stats matplotlib.pyplot pandas"
 )
+THE_REST = (
+    "hotdog_hf.training.loop hotdog_hf.report.page hotdog_hf.report.runner hotdog_hf.study.page"
+    " hotdog_hf.study.runner hotdog_hf.deploy.export accelerate.commands.accelerate_cli"
+)
+
+
+class _Server:
+    """A process that forks when asked, which only the main thread may do."""
+
+    def __init__(self, requests: TextIO, answers: TextIO):
+        self._requests, self._answers = requests, answers
+
+    def ask(self, **request: object) -> int | None:
+        self._requests.write(json.dumps(request) + "\n")
+        self._requests.flush()
+        return json.loads(self._answers.readline())
+
+
+_uses: Counter[frozenset[tuple[str, str]]] = Counter()
 
 
 @functools.cache
-def _server(modules: str) -> subprocess.Popen:
-    """Start a server, which only the main thread may ask."""
-    command = [sys.executable, __file__, *modules.split()]
+def _first_server() -> _Server:
+    command = [sys.executable, __file__, *THOSE_WITHOUT_A_HUB.split()]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.kill)
-    return server
+    return _Server(server.stdin, server.stdout)
+
+
+@functools.cache
+def _server_with_the_rest(env: frozenset[tuple[str, str]]) -> _Server:
+    """Fork a server from the first one that imports the rest in an environment; it ends when we do."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [Path(folder, name) for name in ("requests", "answers")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        requests, answers = map(str, pipes)
+        _first_server().ask(requests=requests, answers=answers, env=dict(os.environ | dict(env)))
+        return _Server(pipes[0].open("w"), pipes[1].open())
+
+
+def _server_for(env: dict[str, str]) -> _Server:
+    """Return the server with all imports, made in the environment of the Hub's clients.
+
+    For an environment that is new, the script does the rest of the imports itself: many are used once.
+    """
+    ours = os.environ.items()
+    hub = frozenset(pair for pair in env.items() if pair[0].startswith("HF_") and pair not in ours)
+    _uses[hub] += 1
+    return _server_with_the_rest(hub) if not hub or _uses[hub] > 3 else _first_server()
 
 
 class Process:
@@ -46,21 +85,16 @@ class Process:
     """
 
     def __init__(self, words: list[str], cwd: Path, env: dict[str, str]):
-        self._server = _server(THOSE_WITHOUT_A_HUB if env else ALL)
+        self._server = _server_for(env)
         self._scratch = tempfile.TemporaryDirectory()
         self._outputs = [Path(self._scratch.name, name) for name in ("out", "err")]
         out, err = map(str, self._outputs)
         self.words, self.returncode = words, None
-        self.pid = self._ask(words=words, cwd=str(cwd), env=dict(os.environ | env), out=out, err=err)
-
-    def _ask(self, **request: object) -> int | None:
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        self.pid = self._server.ask(words=words, cwd=str(cwd), env=dict(os.environ | env), out=out, err=err)
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self.returncode = self._ask(poll=self.pid)
+            self.returncode = self._server.ask(poll=self.pid)
         return self.returncode
 
     def wait(self, timeout: float = 600) -> int:
@@ -93,8 +127,9 @@ def run_forked(
         raise
 
 
-def _serve() -> None:
-    for line in sys.stdin:
+def _serve(requests: TextIO, answers: TextIO) -> None:
+    gc.freeze()  # no fork has to look through the imports for garbage
+    for line in requests:
         request = json.loads(line)
         if "poll" in request:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
@@ -102,8 +137,18 @@ def _serve() -> None:
         else:
             answer = os.fork()
             if answer == 0:
-                _become(**request)
-        print(json.dumps(answer), flush=True)
+                (_become if "words" in request else _serve_with_the_rest)(**request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _serve_with_the_rest(requests: str, answers: str, env: dict[str, str]) -> None:
+    with Path(requests).open() as asked, Path(answers).open("w") as answered:
+        os.environ.clear()
+        os.environ.update(env)
+        for name in THE_REST.split():
+            __import__(name)
+        _serve(asked, answered)
+    os._exit(0)
 
 
 def _become(words: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
@@ -117,7 +162,7 @@ def _become(words: list[str], cwd: str, env: dict[str, str], out: str, err: str)
     for number, file in enumerate(files):
         os.dup2(file, number)
     os.chdir(cwd)
-    if Path(words[0]).name == "accelerate":
+    if Path(words[0]).name in ("accelerate", "benchmark.py"):  # which start scripts
         subprocess.Popen = _popen
     _run(words, env)
 
@@ -146,7 +191,9 @@ def _run(words: list[str], env: dict[str, str]) -> None:
 class _ForkedPopen:
     """What a launcher uses of `subprocess.Popen`, for a Python file that runs in a fork of the launcher."""
 
-    def __init__(self, args: list[str], env: dict[str, str], start_new_session: bool):
+    def __init__(
+        self, args: list[str], env: dict[str, str], start_new_session: bool, outputs: list[IO | None]
+    ):
         sys.stdout.flush()
         sys.stderr.flush()
         self.args, self.returncode, self.pid = args, None, os.fork()
@@ -156,6 +203,9 @@ class _ForkedPopen:
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # the launcher's are not inherited
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number, file in enumerate(outputs, start=1):
+                if file:
+                    os.dup2(file.fileno(), number)
             atexit._clear()  # what the launcher cleans up is its own
             subprocess.Popen = _REAL_POPEN
             _run(args, env)
@@ -191,14 +241,14 @@ _REAL_POPEN = subprocess.Popen
 def _popen(args: Sequence[str], **options: object) -> subprocess.Popen | _ForkedPopen:
     """Start a process, a Python file in a fork of this one: its imports are the launcher's."""
     words = [word for word in args if word != "-u"] if isinstance(args, (list, tuple)) else [""]
-    redirected = options.get("stdout") is not None or options.get("stderr") is not None
-    if words[0] != sys.executable or not words[1].endswith(".py") or redirected:
+    outputs = [options.get(name) for name in ("stdout", "stderr")]
+    piped = any(isinstance(output, int) for output in outputs)
+    if words[0] != sys.executable or not words[1].endswith(".py") or piped:
         return _REAL_POPEN(args, **options)
-    return _ForkedPopen(words[1:], dict(options["env"]), bool(options.get("start_new_session")))
+    return _ForkedPopen(words[1:], dict(options["env"]), bool(options.get("start_new_session")), outputs)
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         __import__(name)
-    gc.freeze()  # no fork has to look through the imports for garbage
-    _serve()
+    _serve(sys.stdin, sys.stdout)

@@ -184,7 +184,7 @@ def test_a_run_evaluated_only_at_the_end_is_the_same_run(tiny_weights, photos_di
     flags = ("--epochs", 2, "--frozen-share", 0.5, "--head-init", "probe")
     train_here(tiny_weights, photos_dir, tmp_path / "all", *flags)
     capsys.readouterr()
-    train_here(tiny_weights, photos_dir, tmp_path / "end", *flags, "--evaluate", "end")
+    train_here(tiny_weights, photos_dir, tmp_path / "end", *flags, "--evaluate", "end", draws=True)
     said = capsys.readouterr().out
     weights = [tmp_path / f"{name}/model/model.safetensors" for name in ("all", "end")]
     assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -3,12 +3,11 @@
 import contextlib
 import gc
 import json
-import os
 import re
+import signal
 import socket
-import subprocess
-import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import book_loop
 import numpy as np
@@ -17,7 +16,7 @@ import safetensors.torch
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, TINY_MODEL, run
+from conftest import ROOT, TINY_MODEL, begin, run
 from PIL import Image
 from test_resume import StopAfter, assert_same_run, numbers_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,7 +63,8 @@ def accelerator_of(config, device):
 def train_on(device, weights, data_dir, run_dir, *flags, stop=None):
     """Train in this process, and return the rows of its metrics."""
     config = config_of(weights, data_dir, run_dir, *flags)
-    finished = loop.train(config, accelerator_of(config, device), stop or SimpleNamespace(number=0))
+    with mock.patch.object(loop, "draw_figures", lambda *_: None):  # which takes half of the time
+        finished = loop.train(config, accelerator_of(config, device), stop or SimpleNamespace(number=0))
     assert finished == (None if stop else run_dir)
     return numbers_of(run_dir)
 
@@ -254,7 +254,6 @@ def test_ten_epochs_take_the_memory_of_two(device, tiny_weights, photos_dir, tmp
         return evaluation
 
     monkeypatch.setattr(loop, "end_epoch", noting)
-    monkeypatch.setattr("hotdog_hf.training.plots.plot_curves", lambda *_: None)  # takes most of the time
     flags = ("--epochs", 10, "--optimizer", "adamw", "--ema-decay", 0.9)
     train_on(device, tiny_weights, photos_dir, tmp_path / "run", *flags)
     assert len(held) == 10 and held[1] > 2**20
@@ -415,20 +414,22 @@ def test_two_processes_share_a_device(device, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = os.environ | {
+    env = {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    command = [sys.executable, str(ROOT / "tests/two_on_one.py"), str(tmp_path / "two.safetensors")]
-    processes = [subprocess.Popen(command, env=env | {"RANK": str(rank)}) for rank in range(2)]
+    command = ("python", ROOT / "tests/two_on_one.py", tmp_path / "two.safetensors")
+    processes = [begin(*command, RANK=str(rank), **env) for rank in range(2)]
     try:
-        assert [process.wait(timeout=200) for process in processes] == [0, 0]
+        ended = [process.communicate(timeout=200) for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+    assert [process.returncode for process in processes] == [0, 0], ended
     ours, plain = safetensors.torch.load_file(tmp_path / "two.safetensors"), book_loop.plain_loop("eval")
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)

@@ -112,7 +112,7 @@ def test_the_card_has_valid_metadata_with_the_positive_class_named(pushed):
     assert "| train | 13 | 12 |" in card.text and "curves.png" in card.text
 
 
-def test_the_snippets_of_the_card_run(pushed, photos_dir):
+def test_the_snippets_of_the_card_run(pushed, photos_dir, tmp_path):
     _, run_dir = pushed
     text = (run_dir / "model/README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
@@ -120,7 +120,8 @@ def test_the_snippets_of_the_card_run(pushed, photos_dir):
     program = "\n".join(f"def snippet{number}():\n{textwrap.indent(code, '    ')}\nsnippet{number}()"
                         for number, code in enumerate(snippets))  # fmt: skip
     program = program.replace("MODEL", str(run_dir / "model"))
-    done = run("python", "-c", program.replace("photo.jpg", str(photos_dir / PHOTOS[0])))
+    (tmp_path / "program.py").write_text(program.replace("photo.jpg", str(photos_dir / PHOTOS[0])))
+    done = run("python", tmp_path / "program.py")
     assert done.returncode == 0, done.stderr
     in_transformers, in_timm, in_hotdog_hf = map(eval, done.stdout.splitlines()[-3:])
     assert in_timm == pytest.approx(in_hotdog_hf, abs=1e-5)
@@ -153,10 +154,11 @@ def test_a_private_model_is_for_its_owner(pushed, server, env, tmp_path):
     assert (
         run("python", ROOT / "scripts/push.py", folder, "tester/secret", "--private", **env).returncode == 0
     )
-    load = "import hotdog_hf, sys; print(hotdog_hf.load_model('tester/secret').num_classes)"
-    assert run("python", "-c", load, **env).stdout == "2\n"
+    load = tmp_path / "load.py"
+    load.write_text("import hotdog_hf; print(hotdog_hf.load_model('tester/secret').num_classes)")
+    assert run("python", load, **env).stdout == "2\n"
     stranger = server.environment(tmp_path / "stranger", token=None)
-    done = run("python", "-c", load, HF_TOKEN="", **stranger)
+    done = run("python", load, HF_TOKEN="", **stranger)
     assert "has no tester/secret, or it is private and you are not logged in" in done.stderr
 
 
@@ -275,14 +277,14 @@ def test_photos_pushed_as_a_data_set_train_the_same_model(pushed, train, photos_
 )
 def test_a_data_set_that_cannot_be_used_is_one_line(train, photos_dir, env, tmp_path, repo, message):
     if repo == "tester/only-train":
-        program = textwrap.dedent(
-            f"""
+        program = tmp_path / "program.py"
+        text = f"""
             import datasets
             from hotdog_hf.data.splits import load_photos
             load_photos({str(photos_dir)!r})["train"].push_to_hub({repo!r})
             """
-        )
-        done = run("python", "-c", program, **env)
+        program.write_text(textwrap.dedent(text))
+        done = run("python", program, **env)
         assert done.returncode == 0, done.stderr
     done = train(f"hf://datasets/{repo}", tmp_path / "run", **env)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -192,7 +192,8 @@ def test_the_other_commands_work_one_after_the_other(photos_dir, tiny_weights, t
                 words += ["--model", TINY_MODEL, "--image-size", "64", "--weights", "my.safetensors"]
             done = run(*words, cwd=tmp_path, **server.environment(tmp_path / "home"))
             assert done.returncode == 0, command + done.stderr
-    done = run("python", "-c", snippet_of("scripts/README.md"), cwd=tmp_path)  # uses an exported file
+    (tmp_path / "snippet.py").write_text(snippet_of("scripts/README.md"))  # uses an exported file
+    done = run("python", "snippet.py", cwd=tmp_path)
     assert set(ast.literal_eval(done.stdout)) == {"hotdog", "not-hotdog"}, done.stderr
     assert set(server.repos) == {("model", "user/name"), ("dataset", "user/photos")}
 

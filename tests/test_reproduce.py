@@ -33,7 +33,7 @@ from hotdog_hf.study.results import (
     write_diverged,
     zero_shot,
 )
-from hotdog_hf.training import launch
+from hotdog_hf.training import launch, loop
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,7 @@ def studied(photos, tiny_weights, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.syspath_prepend(ROOT / "scripts")
         patch.setattr(sys, "argv", ["scripts/reproduce.py"])
+        patch.setattr(loop, "draw_figures", lambda *_: None)  # of each run: they take half of the time
         patch.setattr(plan, "RATE_FACTORS", (1.0, 30.0))
         patch.setattr(plan, "GRID_FACTORS", (1.0,))
         patch.setattr(plan, "GRID_DECAYS", (0.001, 0.01))

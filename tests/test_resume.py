@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, or hindered, and how they go on."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import psutil
 import pytest
@@ -61,13 +63,17 @@ class StopAfter:
         return signal.SIGTERM if self.steps == 0 else 0
 
 
-def train_here(weights, data_dir, run_dir, *flags, stop=None):
-    """Train as the fixture `train` does, but in this process, which costs no imports."""
+def train_here(weights, data_dir, run_dir, *flags, stop=None, draws=False):
+    """Train as the fixture `train` does, but in this process, which costs no imports.
+
+    Without figures, unless it `draws` them: they take half of the time.
+    """
     words = ["--data-dir", data_dir, "--output-dir", run_dir, "--model", TINY_MODEL, "--weights", weights]
     words += ["--image-size", 64, "--batch-size", 8, *flags]
     config = parse_train_config([str(word) for word in words])
     accelerator = launch.build_accelerator(config.run.precision, num_threads=1)
-    finished = loop.train(config, accelerator, stop or SimpleNamespace(number=0))
+    with contextlib.nullcontext() if draws else mock.patch.object(loop, "draw_figures", lambda *_: None):
+        finished = loop.train(config, accelerator, stop or SimpleNamespace(number=0))
     assert finished == (None if stop else run_dir)
 
 
@@ -560,10 +566,19 @@ def test_a_photo_that_becomes_unreadable_is_named_and_the_steps_before_are_kept(
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_024_000, 1_024_000))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(train, photos_dir, tmp_path):
     """A limit on file sizes stands for the full disk: the first write beyond it fails."""
-    limited = ("bash", "-c", 'ulimit -f 1000; exec "$0" "$@"', sys.executable)
-    done = train(photos_dir, tmp_path / "run", *FLAGS, launcher=limited)
+    limited = tmp_path / "limited.py"
+    limited.write_text(LIMITED)
+    done = train(photos_dir, tmp_path / "run", *FLAGS, launcher=("python", limited))
     err = done.stderr
     assert done.returncode == 2 and "Traceback" not in err
     assert "cannot write" in err and str(tmp_path / "run") in err

@@ -1,7 +1,6 @@
 import json
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -189,7 +188,7 @@ def test_two_runs_do_not_share_a_folder(chapter_run, train, photos_dir):
 
 def test_the_default_data_is_downloaded_or_the_error_says_how(train, tmp_path):
     """Without a network, in an empty folder: the chapter's address, and the way that needs none."""
-    done = train("data/hotdog", tmp_path / "run", launcher=("env", "-C", str(tmp_path), sys.executable))
+    done = train("data/hotdog", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 2
     assert "could not get https://d2l-data.s3-accelerate.amazonaws.com/hotdog.zip" in done.stderr
     assert "make demo" in done.stderr
