@@ -5,8 +5,10 @@ import pytest
 import scipy.optimize
 from sklearn.linear_model import LogisticRegression
 from test_heads import features_of
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from hotdog_hf.model import regression, solver
+from hotdog_hf.data.groups import stratified_folds
+from hotdog_hf.model import heads, regression, solver
 from hotdog_hf.model.regression import Layer, Prior, fit_regression
 
 
@@ -115,6 +117,33 @@ def test_views_are_learned_from():
     features, labels = features_of(2)
     layer = fit_regression(np.zeros_like(features), labels, no_prior, 0, [features])[0]
     assert (layer.logits(features).argmax(axis=1) == labels).mean() > 0.6
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        lambda *photos: heads.fit_probe(*photos, 0),
+        lambda *photos: fit_regression(*photos, lambda *_: None, 0),
+        lambda *photos: regression.cross_validate(
+            *photos, lambda *_: None, stratified_folds(photos[1], None, 4, 0)
+        ),
+    ],
+)
+def test_a_fit_leaves_the_cores_to_torch(fit, monkeypatch):
+    """Two pools of threads on the same cores make a fit many times slower."""
+    threads = set()
+
+    def minimize(*args, **knobs):
+        threads.update(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return found(*args, **knobs)
+
+    found = scipy.optimize.minimize
+    monkeypatch.setattr(scipy.optimize, "minimize", minimize)
+    with threadpool_limits(2, user_api="blas"):
+        fit(*features_of(40, 10))
+        assert threads == {1}
+        after = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+    assert after == {2}
 
 
 def test_the_same_seed_gives_the_same_layer():

@@ -97,6 +97,7 @@ def set_head(net: torch.nn.Module, weight: np.ndarray, bias: np.ndarray) -> None
         head.bias.copy_(torch.as_tensor(bias))
 
 
+@solver.one_blas_thread()
 def fit_probe(
     features: np.ndarray,
     labels: np.ndarray,

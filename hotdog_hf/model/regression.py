@@ -55,6 +55,7 @@ class Prior(NamedTuple):
 PriorOf = Callable[[np.ndarray, np.ndarray], Prior | None]
 
 
+@solver.one_blas_thread()
 def fit_regression(
     features: np.ndarray,
     labels: np.ndarray,
@@ -93,6 +94,7 @@ def fit_regression(
     return layer, held_out
 
 
+@solver.one_blas_thread()
 def cross_validate(
     features: np.ndarray,
     labels: np.ndarray,

@@ -1,9 +1,12 @@
 """The penalised softmax regression: its loss, L-BFGS on it in variables that fit the data, and its folds."""
 
+import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import threadpoolctl
 import torch
 
 # Rows whose logits are in memory at a time.
@@ -156,6 +159,24 @@ class SoftmaxRegression:
                 factor_gradient += float((error * self.given[chunk]).sum(dtype=torch.float64))
         gradient = gradient.double().numpy() + strength * coefficients
         return loss, np.concatenate([gradient.ravel(), bias_gradient, [factor_gradient]])
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let NumPy and SciPy compute in one thread.
+
+    The threads of their BLAS spin for a while after each product, and take the cores from those of torch:
+    small fits would take 20 times as long.
+    """
+    import scipy.optimize  # noqa: F401  has a BLAS of its own, which must be loaded to be limited
+
+    with _thread_pools().limit(limits=1, user_api="blas"):
+        yield
+
+
+@functools.cache
+def _thread_pools() -> threadpoolctl.ThreadpoolController:
+    return threadpoolctl.ThreadpoolController()
 
 
 def principal_axes(features: np.ndarray) -> np.ndarray:
