@@ -72,7 +72,6 @@ def main(config: ReportConfig) -> None:
     """Load model and photos, predict, write."""
     # Imported below so that --help, a mistyped flag and a missing model respond before torch is loaded.
     check_model(config.model)
-
     import shlex
     import sys
 
