@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, TINY_MODEL, run
 from test_hub import target
 
-from hotdog_hf.deploy import quantize
+from hotdog_hf.deploy import quantize, static_page
 from hotdog_hf.deploy.export import export_onnx
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import network
@@ -98,8 +98,11 @@ def test_a_place_that_cannot_be_written_is_named(saved, tmp_path):
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
 def test_without_the_extra_it_says_what_to_install(saved, tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(UserError, match=r'pip install -e "\.\[onnx\]"'):
-        export_onnx(saved, tmp_path / "model.onnx")
+    monkeypatch.setattr(static_page, "find_runtime", lambda _: pytest.fail("downloads 33 MB before that"))
+    for export in (export_onnx, static_page.export_page):
+        with pytest.raises(UserError, match=r'pip install -e "\.\[onnx\]"'):
+            export(saved, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])

@@ -51,11 +51,9 @@ def export_onnx(
     the largest difference for the same pixels. Raises `UserError`, and leaves `out` as it was, if that is not
     below `tolerance` or the model cannot be exported.
     """
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401 (asked for here, before the work)
-    except ModuleNotFoundError as error:
-        raise UserError(NEEDS_ONNX) from error
+    check_extra()
+    import onnx
+
     net = saved.load_model(name)
     label_names, data_config = network.label_names_of(net), network.data_config_of(net)
     calibration, kept = net.pretrained_cfg["calibration"], saved.neighbors_of(net)
@@ -95,6 +93,15 @@ def export_onnx(
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     return difference
+
+
+def check_extra() -> None:
+    """Raise `UserError` without the extra [onnx], before any work."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(NEEDS_ONNX) from error
 
 
 class _Outputs(torch.nn.Module):

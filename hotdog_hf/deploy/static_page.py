@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import hotdog_hf
-from hotdog_hf.deploy.export import export_onnx
+from hotdog_hf.deploy.export import check_extra, export_onnx
 from hotdog_hf.errors import UserError
 from hotdog_hf.files import replacing_file, replacing_folder, write_json, writing_to
 from hotdog_hf.machine import cache_dir
@@ -46,6 +46,7 @@ def export_page(
     `ort_dir` holds the files of ONNX Runtime Web; by default npm downloads them once. `options` and the
     result are those of `export_onnx`. Raises `UserError`, and leaves `out` as it was, if it cannot be done.
     """
+    check_extra()
     folder = check_output_dir(out, FILES, "an exported page", "OUT")
     runtime = find_runtime(ort_dir)
     with writing_to(folder), replacing_folder(folder) as part:
