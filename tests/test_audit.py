@@ -235,3 +235,14 @@ def test_an_audit_replaces_an_earlier_one_and_nothing_else(audited, tiny_weights
 def test_a_phone_and_a_desktop_show_the_page_without_a_complaint(audited, faults_in_browser):
     root, _, _ = audited
     assert faults_in_browser(root / "audit/audit.html") == []
+
+
+def test_only_the_model_of_a_run_brings_its_photos(tmp_path, monkeypatch):
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text(json.dumps({"data": {"data_dir": str(tmp_path)}}))
+    (tmp_path / "run/mine.safetensors").touch()
+    assert runner.is_trained_on(str(tmp_path / "run/model"), str(tmp_path))
+    assert not runner.is_trained_on(str(tmp_path / "run/model"), str(tmp_path / "other"))
+    monkeypatch.chdir(tmp_path / "run")  # where a config.json is no matter of these
+    assert not any(runner.is_trained_on(name, "..") for name in ("auto", "bundled", "mine.safetensors"))
+    assert runner.is_trained_on("model", "..")

@@ -149,6 +149,8 @@ def _findings(data_dir: str, labels: Sequence[str]) -> list[check.Finding]:
 
 def is_trained_on(weights: str, data_dir: str) -> bool:
     """Tell whether `weights` is the model of a run on this data folder."""
+    if not Path(weights).is_dir():
+        return False  # "auto", a file, or a model on the Hub: what is next to them is no run's
     try:
         config = json.loads((Path(weights).resolve().parent / "config.json").read_text(encoding="utf-8"))
         return Path(config["data"]["data_dir"]).resolve() == Path(data_dir).resolve()
