@@ -1,6 +1,7 @@
 """The end of a run: evaluations that are stopped, the numbers of the card, and what is written first."""
 
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,6 +230,8 @@ def test_the_last_lines_say_where_everything_is_and_what_to_do_next():
     assert told[2] == "40 s in all, of which 1 loading photos, 20 training, 3 evaluating"
     assert all(len(line) <= 100 for line in told)
     assert "report:   python scripts/report.py runs/a/model" in told
+    told = records.describe_final(final, Path("my runs/a"), "1 x cpu").splitlines()
+    assert [shlex.split(line)[3] for line in told[-2:]] == ["my runs/a/model"] * 2
     final |= {"test_loss": 0.3, "test_calibration_error": 0.02}
     final |= {"test_uncalibrated_loss": 0.4, "test_uncalibrated_calibration_error": 0.05}
     for temperature, words in (

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,6 +123,7 @@ def describe_final(final: dict, run_dir: Path, hardware: str) -> str:
     """Return the chapter's closing lines, where the time went, where the results are, and what to do next."""
     share = final.get("share_of_limit")
     limit = "" if share is None else f", {share:.0%} of the speed with all photos decoded in memory"
+    model = shlex.quote(f"{run_dir}/model")
     return (
         f"loss {final['train_loss']:.3f}, train acc {final['train_accuracy']:.3f}, "
         f"test acc {final['test_accuracy']:.3f}\n"
@@ -132,8 +134,8 @@ def describe_final(final: dict, run_dir: Path, hardware: str) -> str:
         f"model:    {run_dir}/model\n"
         f"numbers:  {run_dir}/metrics.jsonl\n"
         f"pictures: {run_dir}/curves.png, {run_dir}/samples.png\n"
-        f"report:   python scripts/report.py {run_dir}/model\n"
-        f"predict:  python scripts/predict.py {run_dir}/model PHOTO"
+        f"report:   python scripts/report.py {model}\n"
+        f"predict:  python scripts/predict.py {model} PHOTO"
     )
 
 
