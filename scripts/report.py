@@ -82,10 +82,9 @@ def main(config: ReportConfig) -> None:
     accelerator = launch.build_accelerator("no")  # in float32, like scripts/predict.py and other loaders
     net = runner.load_model(accelerator, config.model)
     knobs = runner.run_knobs(config.model)
-    data_dir = config.data_dir or runner.data_dir_of_run(knobs, config.model)
+    data_dir, fraction, seed, labels = runner.photos_of_run(knobs, config.model, config.data_dir)
     if config.foreign:
         runner.check_can_reject(net, config.model, config.foreign)
-    fraction, seed, labels = runner.photos_of_run(knobs, data_dir)
     seed = seed if config.seed is None else config.seed
     photos = runner.load_photos(accelerator, config.photos(data_dir, fraction, labels), config.split, seed)
     if warning := runner.older_cut(config.model, photos):

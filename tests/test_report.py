@@ -478,7 +478,8 @@ def test_validation_is_what_the_run_held_back(photos_dir, tmp_path, script):
     held_back = load_photos(photos_dir, 0.3, 4)["validation"]
     names = Photos({"validation": held_back}, photos_dir).names("validation")
     assert [row[0] for row in table(tmp_path / "report")[1:]] == names
-    assert photos_of_run(run_knobs(tmp_path / "run/model"), tmp_path) == (0.0, 0, ())
+    other = photos_of_run(run_knobs(tmp_path / "run/model"), "run/model", str(tmp_path))
+    assert other == (str(tmp_path), 0.0, 0, ())
     script["main"](script["ReportConfig"](str(tmp_path / "run/model"), val_fraction=0.0, **flags))
     assert json.loads((tmp_path / "report/metrics.json").read_text())["threshold"] is None
     (tmp_path / "run/config.json").unlink()

@@ -211,25 +211,21 @@ def run_knobs(model: str) -> list[tuple[str, str, object]]:
     return []
 
 
-def data_dir_of_run(knobs: Sequence[tuple[str, str, object]], model: str) -> str:
-    """Return the data folder that the model's run has trained on; `UserError` if there is no run."""
-    knob = {name: value for _, name, value in knobs}
-    if "data_dir" not in knob:
-        raise UserError(f"{model} is not in the folder of the run that trained it: add --data-dir my/photos")
-    return knob["data_dir"]
-
-
 def photos_of_run(
-    knobs: Sequence[tuple[str, str, object]], data_dir: str
-) -> tuple[float, int, tuple[str, ...]]:
-    """Return the share of train that the run split off, the seed, and its tables of labels.
+    knobs: Sequence[tuple[str, str, object]], model: str, data_dir: str | None
+) -> tuple[str, float, int, tuple[str, ...]]:
+    """Return the data folder, the share of train that the run split off, the seed, and its tables of labels.
 
-    0 and no table if it used other photos.
+    The folder is the run's if `data_dir` is None; the rest is 0 and no table if it used other photos. Raises
+    `UserError` without a folder and without a run.
     """
     knob = {name: value for _, name, value in knobs}
-    if "data_dir" in knob and Path(knob["data_dir"]).resolve() == Path(data_dir).resolve():
-        return knob["val_fraction"], knob["seed"], tuple(knob.get("labels", ()))
-    return 0.0, 0, ()
+    own = knob.get("data_dir")
+    if data_dir is None and own is None:
+        raise UserError(f"{model} is not in the folder of the run that trained it: add --data-dir my/photos")
+    if own is not None and (data_dir is None or Path(own).resolve() == Path(data_dir).resolve()):
+        return data_dir or own, knob["val_fraction"], knob["seed"], tuple(knob.get("labels", ()))
+    return data_dir, 0.0, 0, ()
 
 
 def older_cut(model: str, photos: Photos) -> str | None:
