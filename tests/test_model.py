@@ -41,6 +41,18 @@ def test_weights_with_another_number_of_classes_are_a_source_too(tmp_path):
     assert create_source(TINY_MODEL, str(path)).get_classifier().out_features == 3
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["maxvit_rmlp_pico_rw_256", "levit_128s", "crossvit_tiny_240", "gcvit_xxtiny", "nest_tiny", "halonet26t"],
+)
+def test_a_size_that_a_network_does_not_take_is_named(name):
+    with (
+        torch.device("meta"),
+        pytest.raises(UserError, match=f"--image-size 100: {name} does not .* size, 2"),
+    ):
+        create_source(name, "none", 100)
+
+
 class Harmful:
     """What a malicious .pth does when it is unpickled."""
 

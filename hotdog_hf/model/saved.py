@@ -114,13 +114,15 @@ def load_model(name: str | os.PathLike, image_size: int | None = None) -> torch.
             raise UserError(f"{error}{here}") from error
         folder = Path(found)
     check_model_folder(folder, name)
+    options = {}
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         fixed = config.get("pretrained_cfg", {}).get("fixed_input_size")
         options = {"img_size": image_size} if image_size and fixed else {}
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
     except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot load the model in {name}: {str(error).splitlines()[0]}") from error
+        hint = f"; without --image-size {image_size} it may load" if options else ""
+        raise UserError(f"cannot load the model in {name}: {str(error).splitlines()[0]}{hint}") from error
     model.pretrained_cfg["calibration"] = config.get("calibration")
     model.pretrained_cfg["neighbors"] = str(folder / neighbors.FILE)
     if not model.pretrained_cfg.get("label_names"):

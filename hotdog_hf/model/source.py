@@ -1,8 +1,10 @@
 """The pretrained timm network that training starts from: its name, its weights, its preprocessing."""
 
+import contextlib
 import difflib
 import importlib.resources
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -24,9 +26,11 @@ def load_source(name: str, weights: str, image_size: int | None = None) -> torch
     """Return the source model: a saved one (a folder, hf-hub:user/name), or that of `create_source`.
 
     Its `pretrained_cfg["license"]` is the licence of its weights: "unknown" for a file, None for random ones.
+    Raises `UserError` for an `image_size` that the network does not take.
     """
     if is_saved_model(weights):
-        return load_model(weights, image_size)
+        with _naming_size(weights, image_size):
+            return _check_size(load_model(weights, image_size), image_size)
     source = create_source(name, weights, image_size)
     if weights == "none":
         source.pretrained_cfg["license"] = None
@@ -39,17 +43,48 @@ def create_source(name: str, weights: str, image_size: int | None = None) -> tor
     """Create the source model: any timm architecture with its own classifier, and the given weights.
 
     `weights` is "auto", "bundled", "none", or a .safetensors/.pth file. Raises `UserError` for an unknown
-    model, unreachable or unsuitable weights; never falls back to random ones.
+    model, unreachable or unsuitable weights, or an unsuitable `image_size`; never falls back to random ones.
     """
     name = _full_name(name)
     _check_name(name)
     options = {} if image_size is None else _size_options(name, image_size)
-    if weights == "none":
-        return timm.create_model(name, pretrained=False, **options)
-    if weights == "bundled":
-        return _load_into(name, _bundled_state_dict(name), "the bundled weights", options)
-    path = Path(weights) if weights != "auto" else _timm_weights_file(name)
-    return _load_into(name, _read_weights(path), str(path), options)
+    with _naming_size(name, image_size):
+        if weights == "none":
+            source = timm.create_model(name, pretrained=False, **options)
+        elif weights == "bundled":
+            source = _load_into(name, _bundled_state_dict(name), "the bundled weights", options)
+        else:
+            path = Path(weights) if weights != "auto" else _timm_weights_file(name)
+            source = _load_into(name, _read_weights(path), str(path), options)
+        return _check_size(source, image_size)
+
+
+@contextlib.contextmanager
+def _naming_size(model: str, image_size: int | None) -> Iterator[None]:
+    """Turn what a network raises for an `image_size` into a `UserError`: they fail in many ways."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if image_size is None:
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        own = f", {input_size(model)}" if timm.is_model(model.partition(".")[0]) else ""
+        raise UserError(
+            f"--image-size {image_size}: {model} does not take photos of this size ({reason}); leave it out"
+            f" for the model's own size{own}, or choose another --model"
+        ) from error
+
+
+def _check_size(source: torch.nn.Module, image_size: int | None) -> torch.nn.Module:
+    """Return the source after a pass of one blank photo through it, if the size is not its own."""
+    if image_size not in (None, source.pretrained_cfg["input_size"][-1]):
+        training = source.training
+        with torch.no_grad():
+            source.eval()(torch.zeros(1, 3, image_size, image_size))
+        source.train(training)
+    return source
 
 
 def describe_source(name: str, weights: str) -> str:
@@ -173,7 +208,8 @@ def _load_into(name: str, state_dict: dict[str, torch.Tensor], origin: str, opti
     except (RuntimeError, KeyError, AttributeError) as error:
         details = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = details[min(1, len(details) - 1)][:200]
-        raise UserError(f"{origin} are no weights of {name}: {reason}") from error
+        hint = "; without --image-size they may be" if options else ""
+        raise UserError(f"{origin} are no weights of {name}: {reason}{hint}") from error
 
 
 def _num_classes(name: str, state_dict: dict[str, torch.Tensor]) -> int:
