@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,8 +61,8 @@ def photo_set(net, photos_dir):
 
 def features_of(net, photo_set, facts="these photos", batch_size=8):
     accelerator = launch.build_accelerator("no", num_threads=1)
-    knobs = {"batch_size": batch_size, "num_workers": 0, "title": str(facts)}
-    return features.pooled_features(accelerator, net, photo_set, facts, **knobs)
+    loader = loaders.eval_loader(photo_set, batch_size)
+    return features.pooled_features(accelerator, net, loader, facts, str(facts))
 
 
 @torch.no_grad()
@@ -123,6 +124,15 @@ def test_other_facts_fewer_photos_or_another_batch_size_are_computed(net, photo_
     fewer = loaders.PhotoDataset(photo_set.rows.select(range(24)), photo_set.transform)
     features_of(net, fewer, {"a": [1, 2]})
     assert len(computed) == 5
+
+
+def test_a_signal_while_features_are_computed_ends_the_run_before_anything_is_written(
+    tiny_weights, photos_dir, tmp_path, cache, computed, capsys
+):
+    flags, stop = ("--recipe", "frozen", "--epochs", 1), SimpleNamespace(number=15)
+    train_here(tiny_weights, photos_dir, tmp_path / "run", *flags, stop=stop)
+    assert computed == ["train"] and not cache.exists() and not (tmp_path / "run").exists()
+    assert capsys.readouterr().out.endswith("stopped before the first epoch; the same command starts again\n")
 
 
 def test_a_run_computes_again_what_has_changed_and_no_more(tiny_weights, photos_dir, tmp_path, computed):

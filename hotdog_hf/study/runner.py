@@ -1,5 +1,6 @@
 """The study from start to end: the queue of runs, their training, the written page."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,10 @@ def run_study(config: ReproduceConfig, accelerator: Accelerator, stop: launch.St
     """Train what has no result yet, and write the page; return the error of a run that failed."""
     study = plan_study(config, accelerator, config.data_dir[0])
     failure = train_missing(study, accelerator, stop)
-    zero_shot = None if failure or stop.number else ask_source(study, accelerator)
+    zero_shot = None
+    if not failure and not stop.number:
+        with contextlib.suppress(launch.StoppedError):
+            zero_shot = ask_source(study, accelerator, stop)
     if accelerator.is_main_process and study.results:
         write(study, zero_shot, accelerator)
     return failure
@@ -158,7 +162,7 @@ def match_source(
     return source, heads.match_classes(source, photos.label_names, config.source_class)
 
 
-def ask_source(study: Study, accelerator: Accelerator) -> dict | None:
+def ask_source(study: Study, accelerator: Accelerator, stop: launch.StopSignal) -> dict | None:
     """Evaluate the source's own class before any training; None if no class corresponds to ours."""
     if "class-vector" not in study.experiments:
         return None
@@ -169,7 +173,7 @@ def ask_source(study: Study, accelerator: Accelerator) -> dict | None:
         return None
     source = source.to(accelerator.device, memory_format=transforms.MEMORY_FORMAT)
     data_config = source_data_config(source, "chapter", config.image_size)
-    extractor = FeatureExtractor(accelerator, source, study.photos, data_config)
+    extractor = FeatureExtractor(accelerator, source, study.photos, data_config, stop=stop)
     split_features = {split: extractor.split(split) for split in ("train", "test")}
     return zero_shot(split_features, source.get_classifier(), classes[positive], positive)
 

@@ -379,11 +379,7 @@ def _gather(
         gathered = accelerator.gather_for_metrics((output, batch["labels"]))
         outputs.append(gathered[0].cpu())
         labels.append(gathered[1].cpu())
-        if (
-            stop
-            and len(labels) % launch.STOP_EVERY == 0
-            and launch.any_process(accelerator, bool(stop.number))
-        ):
+        if stop and launch.stop_requested(accelerator, stop, len(labels)):
             raise launch.StoppedError
     outputs, labels = torch.cat(outputs), torch.cat(labels)
     expected = len(loader.dataset)

@@ -14,6 +14,7 @@ import timm
 import torch
 import torchvision
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
 
 from hotdog_hf.data import images
 from hotdog_hf.data.decoded import decoder_versions
@@ -39,6 +40,8 @@ class FeatureExtractor:
     photos: Photos
     data_config: dict
     num_workers: int = 0
+    # Told to stop, it raises `StoppedError` after the batch, on all processes; nothing is cached then.
+    stop: launch.StopSignal | None = None
 
     def split(self, name: str, seed: int = 0, *, mirrored: bool = False) -> FeatureDataset:
         """Return the features of a split, or of its mirror images, preprocessed as for evaluation."""
@@ -66,32 +69,30 @@ class FeatureExtractor:
         return [photos.manifest(name), str(Path(photos.data_dir).absolute()), self.data_config]
 
     def _pooled(self, photo_set: PhotoDataset, facts: list, title: str) -> FeatureDataset:
-        knobs = {"batch_size": BATCH_SIZE, "num_workers": self.num_workers, "title": title}
-        return pooled_features(self.accelerator, self.net, photo_set, facts, **knobs)
+        loader = eval_loader(photo_set, BATCH_SIZE, num_workers=self.num_workers)
+        return pooled_features(self.accelerator, self.net, loader, facts, title, self.stop)
 
 
 def pooled_features(
     accelerator: Accelerator,
     net: torch.nn.Module,
-    photo_set: PhotoDataset,
+    loader: DataLoader,
     facts: object,
-    *,
-    batch_size: int,
-    num_workers: int,
     title: str,
+    stop: launch.StopSignal | None = None,
 ) -> FeatureDataset:
     """Return the features [N, D] of all N photos, the input of the output layer of `net`, on every process.
 
     They come from the cache if body, photos and preprocessing are the same: `facts` (JSON) identifies the
-    photos and the preprocessing. `net` must not be prepared by the accelerator.
+    photos and the preprocessing. `net` and `loader` must not be prepared by the accelerator. Raises
+    `StoppedError` if a process was told to stop.
     """
-    precision = launch.precision_of(accelerator)
-    machine = [accelerator.device.type, precision, torch.get_num_threads(), batch_size]
+    photo_set, precision = loader.dataset, launch.precision_of(accelerator)
+    machine = [accelerator.device.type, precision, torch.get_num_threads(), loader.batch_size]
     file = cache_dir() / "features" / f"{_key(net, [facts, len(photo_set), machine])}.safetensors"
     features = _read(file)
     if launch.any_process(accelerator, features is None):
-        loader = eval_loader(photo_set, batch_size, num_workers=num_workers)
-        features, _ = engine.pooled_features(accelerator, net, accelerator.prepare(loader), title)
+        features, _ = engine.pooled_features(accelerator, net, accelerator.prepare(loader), title, stop=stop)
         if accelerator.is_local_main_process:
             _write(file, features)
     return FeatureDataset(photo_set, features)

@@ -90,10 +90,16 @@ class BuiltModel(NamedTuple):
     held_out: calibration.HeldOut | None
 
 
-def build(config: TrainConfig, accelerator: Accelerator, photos: Photos | None = None) -> Job:
+def build(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    photos: Photos | None = None,
+    stop: launch.StopSignal | None = None,
+) -> Job:
     """Build all parts and print a summary; reads the photos unless they are given.
 
-    Raises `UserError` for parts that do not fit together.
+    Raises `UserError` for parts that do not fit together, and `StoppedError` if told to stop while features
+    are computed.
     """
     seed, workers = config.run.seed, config.data.num_workers
     if accelerator.is_fsdp2:
@@ -112,7 +118,7 @@ def build(config: TrainConfig, accelerator: Accelerator, photos: Photos | None =
     about = f"for the class {positive_label}" if positive_label else "as means over the classes"
     accelerator.print(f"precision, recall, F1 and ROC-AUC are computed {about} (--positive-label)")
 
-    model = build_model(config, accelerator, photos, workers)
+    model = build_model(config, accelerator, photos, workers, stop)
     photos = model.photos
     train_loader = build_train_loader(config, accelerator, photos, model, workers)
     eval_loaders = build_eval_loaders(config, accelerator, photos, model, workers)
@@ -154,7 +160,13 @@ def check_sharded(config: TrainConfig) -> None:
         )
 
 
-def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, workers: int) -> BuiltModel:
+def build_model(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    photos: Photos,
+    workers: int,
+    stop: launch.StopSignal | None = None,
+) -> BuiltModel:
     """Return the source's body with a new head, and the preprocessing to be saved with them.
 
     A head of `FITTED_HEADS` is fitted to the features of the training photos.
@@ -187,7 +199,7 @@ def build_model(config: TrainConfig, accelerator: Accelerator, photos: Photos, w
         network.freeze_lowest(net, config.model.frozen_share)
 
     seed, fitted = config.run.seed, head_init in FITTED_HEADS
-    extractor = FeatureExtractor(accelerator, net, photos, data_config, workers)
+    extractor = FeatureExtractor(accelerator, net, photos, data_config, workers, stop)
     feature_splits = photos.splits if config.model.cache_features else ["train"] if fitted else []
     split_features = {split: extractor.split(split, seed) for split in feature_splits}
     held_out = None

@@ -264,14 +264,14 @@ class StoppedError(Exception):
     """Ends a run that was told to stop, once its state is saved."""
 
 
-# Steps or batches between two checks for a stop signal, with several GPUs and in evaluations.
+# Steps or batches between two checks for a stop signal, with several GPUs.
 STOP_EVERY = 10
 
 
 def stop_requested(accelerator: Accelerator, stop: "StopSignal", step: int) -> bool:
-    """Return after a step whether any process was told to stop; all processes get the same result.
+    """Return after a step or batch whether any process was told to stop, the same on all processes.
 
-    With several GPUs this is checked only after every tenth step, as each check waits for the queued work.
+    With several GPUs this is checked only after every tenth, as each check waits for the queued work.
     """
     waits_for_gpus = accelerator.num_processes > 1 and accelerator.device.type != "cpu"
     return not (waits_for_gpus and step % STOP_EVERY) and any_process(accelerator, bool(stop.number))

@@ -49,7 +49,12 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal
     if (decision := choice.decide(config, accelerator, stop, started)) is None:
         return None
     config = decision.config
-    job = dataclasses.replace(build(config, accelerator, decision.photos), choice=decision.record)
+    try:
+        job = build(config, accelerator, decision.photos, stop)
+    except launch.StoppedError:
+        accelerator.print("stopped before the first epoch; the same command starts again")
+        return None
+    job = dataclasses.replace(job, choice=decision.record)
     job.state.started, built = started, decision.seconds + started
     with contextlib.ExitStack() as stack:
         run_dir = open_run(job, stack)

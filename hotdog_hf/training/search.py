@@ -283,7 +283,8 @@ class Search:
         sources = heads.match_classes(net, names, given, "source-probe")
         prior_of = functools.partial(heads.source_prior, net.get_classifier(), sources)
         net = net.to(self.accelerator.device, memory_format=MEMORY_FORMAT)
-        return FeatureExtractor(self.accelerator, net, self.photos, data_config, self.workers), prior_of
+        tools = self.accelerator, net, self.photos, data_config, self.workers, self.stop
+        return FeatureExtractor(*tools), prior_of
 
     def cross_validate_probe(self, features: np.ndarray) -> np.ndarray:
         """Return log-probabilities [N, classes] of the recipe "probe", each by a fit without that fold."""
