@@ -222,6 +222,8 @@ def test_what_a_network_in_pieces_saves_is_whole(in_pieces):
     weights, _ = checkpoint.read(checkpoint.latest(in_pieces / "runs/it"))
     shapes = {name.removeprefix("model."): value.shape for name, value in weights.items() if "model." in name}
     assert shapes == {name: value.shape for name, value in saved.items()}
+    # Each process has random numbers of its own, for the masks of dropout.
+    assert not torch.equal(weights["random.0.torch"], weights["random.1.torch"])
 
 
 def test_a_network_in_pieces_goes_on(in_pieces, light_alone, tmp_path, photos_dir, tiny_weights):

@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from conftest import ROOT, TINY_MODEL, begin, run
@@ -211,6 +212,15 @@ def built(weights, data_dir, *flags):
     words = ["--data-dir", data_dir, "--model", TINY_MODEL, "--weights", weights, "--image-size", 64]
     config = parse_train_config([str(word) for word in (*words, "--batch-size", 8, *flags)])
     return build(config, launch.build_accelerator(config.run.precision, num_threads=1))
+
+
+def test_each_process_has_random_numbers_of_its_own_for_dropout(tiny_weights, photos_dir, monkeypatch):
+    states = []
+    for rank in (0, 1, 1):
+        monkeypatch.setattr(Accelerator, "process_index", rank)
+        built(tiny_weights, photos_dir)
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[1], states[2]) and not torch.equal(states[0], states[1])
 
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_starts(tiny_weights, photos_dir, tmp_path):

@@ -127,6 +127,9 @@ def build(
     eval_modules = network.modules_in_eval_mode(
         model.trainable, body=config.model.freeze_body, batch_norm=config.model.batch_norm == "source"
     )
+    if rank := accelerator.process_index:
+        # Its own masks of dropout and stochastic depth; the first process has those of a run by itself.
+        torch.manual_seed(transforms.derive_seed(seed, rank))
     return Job(
         config=config,
         accelerator=accelerator,
