@@ -15,6 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, TINY_MODEL, run
 from loopback_hub import LoopbackHub
 from test_hub import target
+from test_scripts import metrics_of
 
 from hotdog_hf import config
 from hotdog_hf.data import stream
@@ -153,6 +154,9 @@ def test_training_commands_train(command, photos_dir, tiny_weights, tmp_path):
     done = run(*tiny(shlex.split(command), photos_dir, tiny_weights, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/model/model.safetensors").is_file()
+    keys = {key.replace("validation_", "test_") for row in metrics_of(tmp_path / "run") for key in row}
+    about = TEXTS["scripts/README.md"].partition("**Numbers.**")[2].partition("**Upload.**")[0]
+    assert keys <= set(re.findall(r"`(\w+)`", about))
 
 
 def lay_out(folder, photos_dir):
