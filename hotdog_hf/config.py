@@ -331,6 +331,11 @@ class HubConfig:
 class TrainConfig:
     """Fine-tune a pretrained image classifier on a folder of photos.
 
+    The usual commands (our recommendation, the same in at most 30 minutes, and one recipe of your choice):
+    $ python scripts/train.py --recipe best --data-dir my/photos
+    $ python scripts/train.py --recipe best --data-dir my/photos --minutes 30
+    $ python scripts/train.py --recipe light --data-dir my/photos --epochs 10
+
     The default is the recipe of Dive into Deep Learning, section 14.2. Any flag overrides its recipe.
     """
 
