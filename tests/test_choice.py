@@ -302,6 +302,17 @@ def test_a_larger_size_is_larger(size, larger):
     assert search.larger() == larger
 
 
+def test_a_larger_size_is_left_out_if_the_network_does_not_take_it(
+    tiny_weights, photos_dir, monkeypatch, capsys
+):
+    monkeypatch.setattr(Search, "try_training", lambda _: None)
+    monkeypatch.setattr(Search, "larger", lambda _: 97)
+    flags = ("--model", "test_vit", "--weights", "none")
+    tried = decide_here(tiny_weights, photos_dir, *flags).record["tried"]
+    assert not any("image_size" in row["knobs"] for row in tried) and len(tried) == 4
+    assert "97 pixels: not tried, as the network does not take such photos" in capsys.readouterr().out
+
+
 def test_few_minutes_try_less_and_more_try_more(tiny_weights, photos_dir, monkeypatch):
     decision = decide_here(tiny_weights, photos_dir, "--minutes", 0.01)
     assert [row["recipe"] for row in decision.record["tried"]] == ["source-probe"]

@@ -244,7 +244,15 @@ class Search:
             candidate = self.source_probe(knobs, f", {self.geometry_name(knobs)}")
             if self.board.tried and not self.has_time(self.costs.features(size), candidate):
                 continue
-            extractor, prior_of = self.extractor(knobs)
+            try:
+                extractor, prior_of = self.extractor(knobs)
+            except UserError:
+                if "image_size" not in knobs:
+                    raise
+                self.accelerator.print(
+                    f"{candidate.name}: not tried, as the network does not take such photos"
+                )
+                continue
             begun = time.perf_counter()
             features = extractor.split("train", self.config.run.seed).features.numpy()
             seconds = (time.perf_counter() - begun) / self.costs.features(size) * self.costs.eval_seconds
