@@ -147,6 +147,7 @@ def _serve_with_the_rest(requests: str, answers: str, env: dict[str, str]) -> No
         os.environ.update(env)
         for name in THE_REST.split():
             __import__(name)
+        sys.modules["datasets"].config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.5  # after each pass over shards
         _serve(asked, answered)
     os._exit(0)
 

@@ -19,6 +19,12 @@ from hotdog_hf.errors import UserError
 CONFIG = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
+@pytest.fixture(autouse=True)
+def short_sleep(monkeypatch):
+    """After each pass over shuffled shards, `datasets` sleeps 5 seconds while threads that read them end."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.5)
+
+
 @pytest.fixture(scope="module")
 def shards(photos_dir, tmp_path_factory):
     """The photos of `photos_dir` in 3 shards of train, of 9, 8 and 8, and 2 of test."""
