@@ -324,7 +324,18 @@ def test_few_minutes_try_less_and_more_try_more(tiny_weights, photos_dir, monkey
     assert tried == ["full", "light"]
 
 
-@pytest.mark.parametrize(("minutes", "epochs"), [(5, [6]), (2.05, [1, 4]), (1.9, [1]), (0.2, [])])
+def test_with_little_time_a_light_fine_tuning_learns_from_smaller_crops(
+    tiny_weights, photos_dir, monkeypatch
+):
+    one_epoch(monkeypatch)
+    prefer(monkeypatch, "light")
+    monkeypatch.setattr(Search, "epochs_in_time", lambda _, way: 9 * ("train_image_size" in way.knobs))
+    chosen = decide_here(tiny_weights, photos_dir, "--minutes", 5).record
+    assert chosen["knobs"]["train_image_size"] == 32 and "crops of 32" in chosen["chosen"]
+    assert "full" not in [row["recipe"] for row in chosen["tried"]]
+
+
+@pytest.mark.parametrize(("minutes", "epochs"), [(5, [6]), (1.95, [1, 4]), (1.8, [1]), (0.1, [])])
 def test_a_trial_that_is_slower_than_expected_gets_fewer_epochs_or_none(
     tiny_weights, photos_dir, monkeypatch, minutes, epochs
 ):

@@ -47,9 +47,9 @@ FEWEST_PASSED, MOST_EPOCHS_OF_FEW = 1350, 40
 # smallest that is worth training on all of train, and the most epochs.
 TRIAL_SHARE, FINAL_SHARE, MOST_EPOCHS = 2 / 3, 1 / 2, {"full": 20, "light": 6}
 # Seconds of training on a photo by recipe, before any was trained, as shares of those for the whole network.
-TRAIN_SHARES = {"full": 1.0, "light": 0.7}
-# Seconds for what depends on no photo: fitting heads, saving, figures.
-FIXED_SECONDS = 12
+TRAIN_SHARES = {"full": 1.0, "light": 0.55}
+# Seconds for what depends on no photo: fitting the head, saving, figures.
+FIXED_SECONDS = 6
 
 
 def check_flags(config: TrainConfig) -> None:
@@ -121,6 +121,7 @@ class Search:
         self.fixed_size = bool(source.pretrained_cfg.get("fixed_input_size"))
         data_config = source_data_config(source, "model", config.data.image_size)
         self.size = data_config["input_size"][-1]
+        self.smaller = None if minutes is None else self._smaller()
         # A photo is read by each way to preprocess it, by each crop, and in every epoch.
         self.photos = photos = keep_decoded(config, accelerator, photos, data_config, reads=2)
         source.to(accelerator.device)
@@ -141,6 +142,17 @@ class Search:
         self.groups = content_groups(train, progress=self.accelerator.is_main_process)
         return stratified_folds(self.labels, self.groups, FOLDS, self.config.run.seed)
 
+    def _smaller(self) -> int | None:
+        """Return the side of crops that take half the time, if the network takes them."""
+        side, model = round(self.size * 5 / 7 / 32) * 32, self.config.model
+        if self.fixed_size or not 0 < side < self.size:
+            return None
+        try:
+            load_source(model.model, model.weights, side)
+        except UserError:
+            return None
+        return side
+
     def left(self) -> float:
         """Return the seconds that are left of --minutes, the same on every process."""
         return launch.run_on_main(self.accelerator, lambda: self.end - time.perf_counter())
@@ -158,7 +170,7 @@ class Search:
         best, why = self.board.best()
         chosen = best.candidate
         if chosen.recipe in TRIAL_EPOCHS and self.config.run.minutes is not None:
-            epochs = int((self.left() - self.finish_seconds(chosen)) / self.costs.training(chosen.recipe, 1))
+            epochs = int((self.left() - self.finish_seconds(chosen)) / self.train_seconds(chosen, 1))
             most = max(MOST_EPOCHS[chosen.recipe], self.epochs(chosen.recipe))
             epochs = int(np.clip(epochs, self.fewest_epochs(chosen.recipe), most))
             chosen = chosen._replace(knobs={**chosen.knobs, "epochs": epochs})
@@ -199,6 +211,14 @@ class Search:
         """Return how many epochs on all of train a trial of so many epochs is."""
         return epochs * sum(len(learned) for learned, _ in self.trial_folds) / len(self.labels)
 
+    def share(self, way: Candidate) -> float:
+        """Return the pixels of a fine-tuning's crops as a share of those of the model's own size."""
+        return (way.knobs.get("train_image_size", self.size) / self.size) ** 2
+
+    def train_seconds(self, way: Candidate, epochs: float) -> float:
+        """Return the seconds of so many epochs of a fine-tuning on all of train."""
+        return self.share(way) * self.costs.training(way.recipe, epochs)
+
     def finish_seconds(self, candidate: Candidate) -> float:
         """Return the seconds of a candidate's final run, without those of its epochs."""
         size = candidate.knobs.get("image_size", self.size)
@@ -217,12 +237,11 @@ class Search:
     def has_time(self, seconds: float, head: Candidate) -> bool:
         """Whether there is time to try a head, and then for a fine-tuning if there is now, or to train it."""
         left, final = self.left(), self.finish_seconds(head)
-        shortest = final + min(
-            self.costs.training(
-                recipe, self.trial_size(self.fewest_trial_epochs(recipe)) + self.fewest_epochs(recipe)
-            )
-            for recipe in TRIAL_EPOCHS
-        )
+        epochs = self.trial_size(self.fewest_trial_epochs("light")) + self.fewest_epochs("light")
+        light = Candidate("", "light", {"train_image_size": self.smaller or self.size})
+        shortest = final + self.train_seconds(light, epochs)
+        if not self.mirrored:
+            shortest += self.costs.features(self.size)
         return seconds <= left - (shortest if left > shortest else final)
 
     def larger(self) -> int | None:
@@ -364,20 +383,31 @@ class Search:
             if "image_size" in geometry:
                 light["train_image_size"] = self.size
             name = f"light fine-tuning, {self.geometry_name(geometry)}"
-            self.try_way(Candidate(name, "light", light), best_start[1])
+            way, layers = Candidate(name, "light", light), best_start[1]
+            if self.smaller and not self.trial_epochs_in_time(way):
+                geometry, layers = own_start[0].candidate.knobs, own_start[1]
+                knobs = {**geometry, **self.crop, "train_image_size": self.smaller}
+                name = f"light fine-tuning, {self.geometry_name(geometry)}, crops of {self.smaller}"
+                way = Candidate(name, "light", knobs)
+            self.try_way(way, layers)
         if self.config.run.minutes is not None and self.board.best()[0].candidate.recipe == "full":
             other = GENTLE_CROPS if self.crop == CROPS else CROPS
             self.try_way(Candidate("full fine-tuning, other crops", "full", full | other), own_start[1])
 
     def epochs_in_time(self, way: Candidate) -> float:
         """Return how many epochs of a trial leave time for the shortest training on all of train."""
-        final = self.costs.training(way.recipe, self.fewest_epochs(way.recipe)) + self.finish_seconds(way)
-        return (self.left() - final) / self.costs.training(way.recipe, self.trial_size(1))
+        final = self.train_seconds(way, self.fewest_epochs(way.recipe)) + self.finish_seconds(way)
+        return (self.left() - final) / self.train_seconds(way, self.trial_size(1))
+
+    def trial_epochs_in_time(self, way: Candidate) -> int:
+        """Return for how many epochs there is time to try a fine-tuning; 0 if they would tell nothing."""
+        epochs = int(min(self.epochs_in_time(way), self.trial_epochs(way.recipe)))
+        return epochs if epochs >= self.fewest_trial_epochs(way.recipe) else 0
 
     def try_way(self, way: Candidate, layers: list[Layer]) -> None:
         """Try a fine-tuning from fitted heads, if there is time for it: fewer epochs if there is little."""
-        epochs = int(min(self.epochs_in_time(way), self.trial_epochs(way.recipe)))
-        if epochs < self.fewest_trial_epochs(way.recipe):
+        epochs = self.trial_epochs_in_time(way)
+        if not epochs:
             self.accelerator.print(f"{way.name}: not tried, as there is no time for it")
             return
         parts = []
@@ -421,7 +451,8 @@ class Search:
                     raise launch.StoppedError
             job.state.totals.zero_()
             if epoch == 1:
-                seconds = functools.partial(float, (time.perf_counter() - begun) / len(learned))
+                seconds = (time.perf_counter() - begun) / len(learned) / self.share(way)
+                seconds = functools.partial(float, seconds)
                 self.costs.train_seconds[way.recipe] = launch.run_on_main(self.accelerator, seconds)
                 if self.epochs_in_time(way) < epochs - 1:
                     break
