@@ -222,8 +222,9 @@ class Search:
     def finish_seconds(self, candidate: Candidate) -> float:
         """Return the seconds of a candidate's final run, without those of its epochs."""
         size = candidate.knobs.get("image_size", self.size)
-        # Features of the trained network are kept with it; those of the source are in the cache.
-        views = int(self.config.run.neighbors and candidate.recipe in TRIAL_EPOCHS)
+        # Features are kept with the network; those of the source may be in the cache.
+        cached = candidate.recipe not in TRIAL_EPOCHS and candidate.knobs.get("cache_features", True)
+        views = int(self.config.run.neighbors and not cached)
         return self.costs.features(size, views) + self.costs.evaluation(size) + FIXED_SECONDS
 
     def fewest_epochs(self, recipe: str) -> int:
@@ -352,20 +353,19 @@ class Search:
         """Try the best geometry with random crops to learn from."""
         best = self.best_geometry
         geometry = best.tried.candidate.knobs
-        seconds = self.costs.features(geometry.get("image_size", self.size), VIEWS)
-        if not self.has_time(seconds, best.tried.candidate):
-            return
         area, flip = self.crop["min_crop_area"], self.crop["flip"]
+        knobs = geometry | self.crop
+        knobs |= {"augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
+        name = f"crops from {area:.0%}, {'flips' if flip else 'no flips'}"
+        candidate = self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}")
+        if not self.has_time(self.costs.features(geometry.get("image_size", self.size), VIEWS), candidate):
+            return
         views = best.extractor.crops("train", VIEWS, area, self.config.run.seed, flip)
         views = [view.features.numpy() for view in views]
         fit = functools.partial(
             cross_validate, best.features, self.labels, best.prior_of, self.folds, views, self.weights
         )
-        knobs = geometry | self.crop
-        knobs |= {"augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
         outputs, _ = launch.run_on_main(self.accelerator, fit)
-        name = f"crops from {area:.0%}, {'flips' if flip else 'no flips'}"
-        candidate = self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}")
         self.show(self.board.add(candidate, outputs))
 
     def try_training(self) -> None:
