@@ -72,6 +72,7 @@ def test_the_limit_steps_over_as_many_photos_as_an_epoch(network, monkeypatch):
     monkeypatch.setattr(timm.models.resnet.ResNet, "forward", counted)
     found = limit(train=11, test=5, batch_size=4, epochs=2, classes=CLASSES, **network)
     assert len(found["epoch_seconds"]) == 2 and min(found["epoch_seconds"]) > 0
+    assert seen[False].pop(0) == 1  # a blank photo, to see that the network takes this size
     # The first step of four photos warms up, in the mode of a model just loaded.
     assert sum(map(sum, seen.values())) == 4 + 2 * (11 + 5) and seen[False][-2:] == [4, 1]
 
