@@ -15,6 +15,7 @@ from hotdog_hf.config import RECIPES, override, parse_train_config
 from hotdog_hf.data.groups import stratified_folds
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import regression, saved
+from hotdog_hf.model.source import create_source
 from hotdog_hf.training import launch, search
 from hotdog_hf.training.candidates import HEADER, Board, Candidate, Costs
 from hotdog_hf.training.choice import decide
@@ -101,15 +102,19 @@ def test_crops_are_tried_where_a_source_probe_is_best_even_if_a_probe_is_better(
 ):
     """Each geometry is better than the one before."""
     monkeypatch.setattr(Search, "try_training", lambda _: None)
-    monkeypatch.setattr(Search, "larger", lambda _: 96)
 
     def outputs(labels):
         return scipy.special.log_softmax(next(sharpness) * np.eye(2)[labels], axis=1)
 
+    def try_heads(search):
+        search.larger = 96
+        tried_heads(search)
+
     def cross_validate(features, labels, *rest):
         return outputs(labels), regression.cross_validate(features, labels, *rest)[1]
 
-    sharpness = iter([1, 2, 9, 3, 4])  # the third is the probe's
+    sharpness, tried_heads = iter([1, 2, 9, 3, 4]), Search.try_heads  # the third is the probe's
+    monkeypatch.setattr(Search, "try_heads", try_heads)
     monkeypatch.setattr(search, "cross_validate", cross_validate)
     monkeypatch.setattr(Search, "cross_validate_probe", lambda search, _: outputs(search.labels))
     tried = decide_here(tiny_weights, photos_dir).record["tried"]
@@ -295,22 +300,21 @@ def test_copies_of_a_photo_are_in_one_fold_of_a_probe_that_is_tried():
     assert losses[0] < 0.8 * losses[1]
 
 
-@pytest.mark.parametrize(("size", "larger"), [(224, 320), (160, 224), (33, None), (32, None)])
-def test_a_larger_size_is_larger(size, larger):
+@pytest.mark.parametrize(
+    ("name", "size", "times", "side"),
+    [
+        ("test_resnet", 224, 10 / 7, 320),
+        ("test_resnet", 160, 10 / 7, 224),
+        ("test_resnet", 33, 10 / 7, None),
+        ("test_resnet", 224, 5 / 7, 160),
+        ("test_resnet", 16, 5 / 7, None),
+        ("test_vit3", 160, 10 / 7, None),
+    ],
+)
+def test_another_size_is_one_that_the_network_takes(name, size, times, side):
     search = object.__new__(Search)
-    search.config, search.fixed_size, search.size = parse_train_config([]), False, size
-    assert search.larger() == larger
-
-
-def test_a_larger_size_is_left_out_if_the_network_does_not_take_it(
-    tiny_weights, photos_dir, monkeypatch, capsys
-):
-    monkeypatch.setattr(Search, "try_training", lambda _: None)
-    monkeypatch.setattr(Search, "larger", lambda _: 97)
-    flags = ("--model", "test_vit", "--weights", "none")
-    tried = decide_here(tiny_weights, photos_dir, *flags).record["tried"]
-    assert not any("image_size" in row["knobs"] for row in tried) and len(tried) == 4
-    assert "97 pixels: not tried, as the network does not take such photos" in capsys.readouterr().out
+    search.size = size
+    assert search._other_size(create_source(name, "none"), times) == side
 
 
 def test_few_minutes_try_less_and_more_try_more(tiny_weights, photos_dir, monkeypatch):

@@ -215,6 +215,6 @@ def test_a_last_batch_of_one_photo_is_trained_on(photos_dir, tmp_path):
 
 
 def test_crops_of_another_size_need_a_network_that_takes_them(photos_dir, tmp_path):
-    flags = ("--recipe", "scratch", "--model", "test_vit", "--train-image-size", 32)
-    with pytest.raises(UserError, match="--train-image-size 32: this model takes 64 pixels alone"):
+    flags = ("--recipe", "scratch", "--model", "test_vit3", "--train-image-size", 32)
+    with pytest.raises(UserError, match=r"--train-image-size 32: test_vit3 does not .*; leave it out, or"):
         train_here("none", photos_dir, tmp_path / "run", *flags)

@@ -30,7 +30,9 @@ def load_source(name: str, weights: str, image_size: int | None = None) -> torch
     """
     if is_saved_model(weights):
         with _naming_size(weights, image_size):
-            return _check_size(load_model(weights, image_size), image_size)
+            source = load_model(weights, image_size)
+        check_size(source, image_size)
+        return source
     source = create_source(name, weights, image_size)
     if weights == "none":
         source.pretrained_cfg["license"] = None
@@ -56,35 +58,42 @@ def create_source(name: str, weights: str, image_size: int | None = None) -> tor
         else:
             path = Path(weights) if weights != "auto" else _timm_weights_file(name)
             source = _load_into(name, _read_weights(path), str(path), options)
-        return _check_size(source, image_size)
+    check_size(source, image_size)
+    return source
+
+
+def check_size(source: torch.nn.Module, side: int | None, flag: str = "--image-size") -> None:
+    """Raise `UserError` if the network does not take photos of `side` x `side` pixels; nothing for None.
+
+    A blank photo is passed through it.
+    """
+    if side is None:
+        return
+    training = source.training
+    try:
+        with torch.no_grad(), _naming_size(source.pretrained_cfg["architecture"], side, flag):
+            source.eval()(torch.zeros(1, 3, side, side))
+    finally:
+        source.train(training)
 
 
 @contextlib.contextmanager
-def _naming_size(model: str, image_size: int | None) -> Iterator[None]:
-    """Turn what a network raises for an `image_size` into a `UserError`: they fail in many ways."""
+def _naming_size(model: str, side: int | None, flag: str = "--image-size") -> Iterator[None]:
+    """Turn what a network raises for a size in pixels into a `UserError`: they fail in many ways."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if image_size is None:
+        if side is None:
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        own = f", {input_size(model)}" if timm.is_model(model.partition(".")[0]) else ""
+        own = " for the model's own size" if flag == "--image-size" else ""
+        own += f", {input_size(model)}" if own and timm.is_model(model.partition(".")[0]) else ""
         raise UserError(
-            f"--image-size {image_size}: {model} does not take photos of this size ({reason}); leave it out"
-            f" for the model's own size{own}, or choose another --model"
+            f"{flag} {side}: {model} does not take photos of this size ({reason}); leave it out{own},"
+            " or choose another --model"
         ) from error
-
-
-def _check_size(source: torch.nn.Module, image_size: int | None) -> torch.nn.Module:
-    """Return the source after a pass of one blank photo through it, if the size is not its own."""
-    if image_size not in (None, source.pretrained_cfg["input_size"][-1]):
-        training = source.training
-        with torch.no_grad():
-            source.eval()(torch.zeros(1, 3, image_size, image_size))
-        source.train(training)
-    return source
 
 
 def describe_source(name: str, weights: str) -> str:

@@ -22,7 +22,7 @@ from hotdog_hf.data.splits import Photos, resolve_positive
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import calibration, heads, network
 from hotdog_hf.model.licenses import choose_license, describe_license
-from hotdog_hf.model.source import load_source, source_data_config
+from hotdog_hf.model.source import check_size, load_source, source_data_config
 from hotdog_hf.training import engine, launch, optim, sharding
 from hotdog_hf.training.features import FeatureExtractor
 from hotdog_hf.training.state import Progress, TrainState
@@ -181,11 +181,8 @@ def build_model(
     accelerator.print(f"source head: {network.describe_head(source)}")
     data_config = source_data_config(source, config.data.preprocessing, image_size)
     side, crops = data_config["input_size"][-1], config.data.train_image_size
-    if source.pretrained_cfg.get("fixed_input_size") and crops not in (None, side):
-        raise UserError(
-            f"--train-image-size {crops}: this model takes {side} pixels alone; leave it out, or give"
-            " --image-size"
-        )
+    if crops not in (None, side):
+        check_size(source, crops, "--train-image-size")
     source_head, source_classes = source.get_classifier(), None
     if head_init in SOURCE_HEADS:
         given = config.model.source_class

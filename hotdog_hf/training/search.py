@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.special
+import torch
 from accelerate import Accelerator
 
 from hotdog_hf.config import RECIPES, TrainConfig, differences, override
@@ -19,7 +20,7 @@ from hotdog_hf.data.transforms import MEMORY_FORMAT
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import heads, network
 from hotdog_hf.model.regression import Layer, cross_validate
-from hotdog_hf.model.source import load_source, source_data_config
+from hotdog_hf.model.source import check_size, load_source, source_data_config
 from hotdog_hf.training import engine, launch, sharding
 from hotdog_hf.training.candidates import HEADER, Board, Candidate, Costs, Tried
 from hotdog_hf.training.features import FeatureExtractor
@@ -81,13 +82,14 @@ def enough_epochs(recipe: str, usual: int, photos: int) -> int:
 
 
 class Geometry(NamedTuple):
-    """A way to preprocess: what computes features, those of train [N, D], and the head of each fold."""
+    """A way to preprocess, with the source-probe that was tried in it."""
 
-    extractor: FeatureExtractor
-    prior_of: Callable
-    features: np.ndarray
     tried: Tried
+    # The features of train [N, D], and for each fold the head that learned nothing of it.
+    features: np.ndarray
     layers: list[Layer]
+    # Makes the prior of the source's classes.
+    prior_of: Callable
 
 
 class Search:
@@ -104,9 +106,9 @@ class Search:
         self.config, self.accelerator, self.photos, self.stop = config, accelerator, photos, stop
         minutes = config.run.minutes
         self.end = math.inf if minutes is None else started + 60 * minutes
-        # Each geometry's head, and its layers, one that learned nothing of each fold.
-        self.starts: list[tuple[Tried, list[Layer]]] = []
-        self.best_geometry: Geometry | None = None
+        # What was tried to preprocess, and what computes features in the best way so far.
+        self.geometries: list[Geometry] = []
+        self.extractor: FeatureExtractor | None = None
         # How to crop and flip in training, and what the log-loss of mirrored photos is.
         self.crop, self.mirrored = CROPS, None
         train, workers = photos.splits["train"], config.data.num_workers
@@ -118,10 +120,12 @@ class Search:
         self.board = Board(self.labels, self.weights, config.run.calibrate)
         source = load_source(config.model.model, config.model.weights, config.data.image_size)
         network.require_linear_head(source)
-        self.fixed_size = bool(source.pretrained_cfg.get("fixed_input_size"))
         data_config = source_data_config(source, "model", config.data.image_size)
         self.size = data_config["input_size"][-1]
-        self.smaller = None if minutes is None else self._smaller()
+        # Other sizes, about as many times as large, that the network takes: that of crops that take half the
+        # time, if there may be little, and of larger photos, unless the size is given.
+        self.smaller = None if minutes is None else self._other_size(source, 5 / 7)
+        self.larger = None if config.data.image_size else self._other_size(source, 10 / 7)
         # A photo is read by each way to preprocess it, by each crop, and in every epoch.
         self.photos = photos = keep_decoded(config, accelerator, photos, data_config, reads=2)
         source.to(accelerator.device)
@@ -142,13 +146,13 @@ class Search:
         self.groups = content_groups(train, progress=self.accelerator.is_main_process)
         return stratified_folds(self.labels, self.groups, FOLDS, self.config.run.seed)
 
-    def _smaller(self) -> int | None:
-        """Return the side of crops that take half the time, if the network takes them."""
-        side, model = round(self.size * 5 / 7 / 32) * 32, self.config.model
-        if self.fixed_size or not 0 < side < self.size:
+    def _other_size(self, source: torch.nn.Module, times: float) -> int | None:
+        """Return a side in pixels of about so many times the model's own, if the network takes it."""
+        side = round(self.size * times / 32) * 32
+        if side == 0 or (side - self.size) * (times - 1) <= 0:
             return None
         try:
-            load_source(model.model, model.weights, side)
+            check_size(source, side)
         except UserError:
             return None
         return side
@@ -181,7 +185,7 @@ class Search:
         """Return a line that says how long the run will take."""
         if self.config.run.minutes is not None:
             return f"the whole run may take {self.config.run.minutes:g} minutes; trying what fits"
-        costs, largest = self.costs, self.larger() or self.size
+        costs, largest = self.costs, self.larger or self.size
         cheap = sum(map(costs.features, {self.size, largest})) + costs.features(self.size)
         cheap += costs.features(largest, 1 + VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
         trials = {
@@ -211,6 +215,10 @@ class Search:
         """Return how many epochs on all of train a trial of so many epochs is."""
         return epochs * sum(len(learned) for learned, _ in self.trial_folds) / len(self.labels)
 
+    def side(self, candidate: Candidate) -> int:
+        """Return the side in pixels of the photos that a candidate is evaluated on."""
+        return candidate.knobs.get("image_size", self.size)
+
     def share(self, way: Candidate) -> float:
         """Return the pixels of a fine-tuning's crops as a share of those of the model's own size."""
         return (way.knobs.get("train_image_size", self.size) / self.size) ** 2
@@ -221,7 +229,7 @@ class Search:
 
     def finish_seconds(self, candidate: Candidate) -> float:
         """Return the seconds of a candidate's final run, without those of its epochs."""
-        size = candidate.knobs.get("image_size", self.size)
+        size = self.side(candidate)
         # Features are kept with the network; those of the source may be in the cache.
         cached = candidate.recipe not in TRIAL_EPOCHS and candidate.knobs.get("cache_features", True)
         views = int(self.config.run.neighbors and not cached)
@@ -245,11 +253,6 @@ class Search:
             shortest += self.costs.features(self.size)
         return seconds <= left - (shortest if left > shortest else final)
 
-    def larger(self) -> int | None:
-        """Return a size above the model's own that is tried too; None if the size is given or fixed."""
-        side = round(self.size * 10 / 7 / 32) * 32
-        return None if self.config.data.image_size or self.fixed_size or side <= self.size else side
-
     def source_probe(self, knobs: dict, name: str = "") -> Candidate:
         """Return a source-probe with these knobs."""
         return Candidate(f"source-probe{name}", "source-probe", knobs)
@@ -257,25 +260,17 @@ class Search:
     def try_heads(self) -> None:
         """Try heads fitted to cached features, in up to three geometries, by cross-validation."""
         geometries = [{"preprocessing": "model"}, {"preprocessing": "chapter"}]
-        if larger := self.larger():
-            geometries.append({"preprocessing": "model", "image_size": larger})
+        if self.larger:
+            geometries.append({"preprocessing": "model", "image_size": self.larger})
         for knobs in geometries:
-            size = knobs.get("image_size", self.size)
             candidate = self.source_probe(knobs, f", {self.geometry_name(knobs)}")
-            if self.board.tried and not self.has_time(self.costs.features(size), candidate):
+            pass_seconds = self.costs.features(self.side(candidate))
+            if self.board.tried and not self.has_time(pass_seconds, candidate):
                 continue
-            try:
-                extractor, prior_of = self.extractor(knobs)
-            except UserError:
-                if "image_size" not in knobs:
-                    raise
-                self.accelerator.print(
-                    f"{candidate.name}: not tried, as the network does not take such photos"
-                )
-                continue
+            extractor, prior_of = self.extractor_of(knobs)
             begun = time.perf_counter()
             features = extractor.split("train", self.config.run.seed).features.numpy()
-            seconds = (time.perf_counter() - begun) / self.costs.features(size) * self.costs.eval_seconds
+            seconds = (time.perf_counter() - begun) / pass_seconds * self.costs.eval_seconds
             seconds = launch.run_on_main(self.accelerator, functools.partial(float, seconds))
             if seconds > self.costs.eval_seconds / 2:  # else they came from the cache
                 self.costs.correct(seconds)
@@ -283,26 +278,28 @@ class Search:
                 cross_validate, features, self.labels, prior_of, self.folds, (), self.weights
             )
             outputs, layers = launch.run_on_main(self.accelerator, fit)
-            tried = self.show(self.board.add(candidate, outputs))
-            self.starts.append((tried, layers))
-            if tried is self.best_start()[0]:
-                self.best_geometry = Geometry(extractor, prior_of, features, tried, layers)
+            geometry = Geometry(self.show(self.board.add(candidate, outputs)), features, layers, prior_of)
+            self.geometries.append(geometry)
+            if geometry is self.best_geometry():
+                self.extractor = extractor
             if knobs["preprocessing"] == "chapter":
                 fit = functools.partial(self.cross_validate_probe, features)
                 probe = Candidate(f"probe, {self.geometry_name(knobs)}", "probe", {})
                 self.show(self.board.add(probe, launch.run_on_main(self.accelerator, fit)))
 
-    def best_start(self, with_size: bool = True) -> tuple[Tried, list[Layer]]:
-        """Return the source-probe of the lowest log-loss and its layers, or that at the model's own size."""
-        starts = [each for each in self.starts if with_size or "image_size" not in each[0].candidate.knobs]
-        return min(starts, key=lambda each: each[0].losses.mean())
+    def best_geometry(self, own_size: bool = False) -> Geometry:
+        """Return the geometry whose source-probe has the lowest log-loss, or that of the model's own size."""
+        geometries = [
+            each for each in self.geometries if not own_size or self.side(each.tried.candidate) == self.size
+        ]
+        return min(geometries, key=lambda each: each.tried.losses.mean())
 
     def geometry_name(self, knobs: dict) -> str:
         """Return a geometry in words."""
         kept = "aspect kept" if knobs["preprocessing"] == "model" else "squashed"
         return f"{kept}, {knobs.get('image_size', self.size)} pixels"
 
-    def extractor(self, knobs: dict) -> tuple[FeatureExtractor, Callable]:
+    def extractor_of(self, knobs: dict) -> tuple[FeatureExtractor, Callable]:
         """Return what computes features in a geometry, and the prior of the source's classes."""
         config, size = self.config, knobs.get("image_size", self.config.data.image_size)
         net = load_source(config.model.model, config.model.weights, size)
@@ -325,11 +322,11 @@ class Search:
 
     def test_mirrored(self) -> None:
         """Crop gently, without flips, if heads do clearly worse on the mirror images of held-back photos."""
-        best = self.best_geometry
-        seconds = self.costs.features(best.tried.candidate.knobs.get("image_size", self.size))
+        best = self.best_geometry()
+        seconds = self.costs.features(self.side(best.tried.candidate))
         if seconds > self.left() - self.finish_seconds(best.tried.candidate):
             return
-        features = best.extractor.split("train", mirrored=True).features.numpy()
+        features = self.extractor.split("train", mirrored=True).features.numpy()
         losses = np.zeros(len(self.labels))
         for (_, rows), layer in zip(self.folds, best.layers, strict=True):
             outputs = scipy.special.log_softmax(layer.logits(features[rows]), axis=1)
@@ -351,16 +348,16 @@ class Search:
 
     def try_crops(self) -> None:
         """Try the best geometry with random crops to learn from."""
-        best = self.best_geometry
+        best = self.best_geometry()
         geometry = best.tried.candidate.knobs
         area, flip = self.crop["min_crop_area"], self.crop["flip"]
         knobs = geometry | self.crop
         knobs |= {"augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
         name = f"crops from {area:.0%}, {'flips' if flip else 'no flips'}"
         candidate = self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}")
-        if not self.has_time(self.costs.features(geometry.get("image_size", self.size), VIEWS), candidate):
+        if not self.has_time(self.costs.features(self.side(candidate), VIEWS), candidate):
             return
-        views = best.extractor.crops("train", VIEWS, area, self.config.run.seed, flip)
+        views = self.extractor.crops("train", VIEWS, area, self.config.run.seed, flip)
         views = [view.features.numpy() for view in views]
         fit = functools.partial(
             cross_validate, best.features, self.labels, best.prior_of, self.folds, views, self.weights
@@ -370,29 +367,28 @@ class Search:
 
     def try_training(self) -> None:
         """Try fine-tuning on all folds but one, tested on that one."""
-        best_start = self.best_start()
-        own_start = self.best_start(with_size=False)
-        full = {**own_start[0].candidate.knobs, **self.crop, "epochs": self.epochs("full")}
-        self.try_way(Candidate("full fine-tuning", "full", full), own_start[1])
+        start, own_start = self.best_geometry(), self.best_geometry(own_size=True)
+        full = {**own_start.tried.candidate.knobs, **self.crop, "epochs": self.epochs("full")}
+        self.try_way(Candidate("full fine-tuning", "full", full), own_start.layers)
         heads_best, best = (self.board.score(each) for each in (self.board.reference(), self.board.best()[0]))
         if best >= MUCH_BETTER * heads_best:
             # On crops of the model's own size: things in random crops are larger than in the whole photo, so
             # that the larger size of evaluation suits it (Touvron et al. 2019, arXiv 1906.06423).
-            geometry = best_start[0].candidate.knobs
+            geometry = start.tried.candidate.knobs
             light = {**geometry, **self.crop}
             if "image_size" in geometry:
                 light["train_image_size"] = self.size
             name = f"light fine-tuning, {self.geometry_name(geometry)}"
-            way, layers = Candidate(name, "light", light), best_start[1]
+            way, layers = Candidate(name, "light", light), start.layers
             if self.smaller and not self.trial_epochs_in_time(way):
-                geometry, layers = own_start[0].candidate.knobs, own_start[1]
+                geometry, layers = own_start.tried.candidate.knobs, own_start.layers
                 knobs = {**geometry, **self.crop, "train_image_size": self.smaller}
                 name = f"light fine-tuning, {self.geometry_name(geometry)}, crops of {self.smaller}"
                 way = Candidate(name, "light", knobs)
             self.try_way(way, layers)
         if self.config.run.minutes is not None and self.board.best()[0].candidate.recipe == "full":
             other = GENTLE_CROPS if self.crop == CROPS else CROPS
-            self.try_way(Candidate("full fine-tuning, other crops", "full", full | other), own_start[1])
+            self.try_way(Candidate("full fine-tuning, other crops", "full", full | other), own_start.layers)
 
     def epochs_in_time(self, way: Candidate) -> float:
         """Return how many epochs of a trial leave time for the shortest training on all of train."""
