@@ -7,6 +7,7 @@ import pytest
 import scipy.special
 import torch
 from conftest import ROOT, TINY_MODEL, run
+from test_resume import train_here
 
 from hotdog_hf.errors import UserError
 from hotdog_hf.metrics import calibration_error
@@ -19,6 +20,7 @@ from hotdog_hf.model.predictor import (
     predict_paths,
 )
 from hotdog_hf.report.scores import summarise_calibration
+from hotdog_hf.training import loop
 
 
 def drawn(count, classes=3, sharpness=1.0, seed=0):
@@ -170,3 +172,17 @@ def test_a_probe_is_calibrated_by_its_folds_and_resumes_as_it_is(photos_dir, tin
     predictor = load_predictor(tmp_path / "run/model")
     limit = calibration.set_limit(predictor.calibration, 0.9, "it")
     assert limit == sorted(facts["scores"])[23]  # ceil(26 * 0.9) = 24
+
+
+@pytest.mark.parametrize(("temperature", "evaluations"), [(1.0, 1), (2.0, 2)])
+def test_the_saved_model_is_evaluated_again_only_if_calibration_changed_it(
+    photos_dir, tiny_weights, tmp_path, monkeypatch, temperature, evaluations
+):
+    evaluated, evaluate = [], loop.evaluate
+    monkeypatch.setattr(
+        loop, "evaluate", lambda *args, **options: evaluated.append(1) or evaluate(*args, **options)
+    )
+    monkeypatch.setattr(calibration, "_tested_temperature", lambda *_: temperature)
+    train_here(tiny_weights, photos_dir, tmp_path / "run", "--recipe", "probe")
+    assert len(evaluated) == evaluations
+    assert saved.calibration_of(tmp_path / "run/model")["temperature"] == temperature

@@ -69,8 +69,9 @@ def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal
                 evaluation = end_epoch(job, run_dir, epoch, stop)
             calibration = calibrate_saved(job, run_dir, stop)
             keep_neighbors(job, run_dir, stop)
+            rescaled = calibration and calibration["temperature"] != 1
             if (
-                calibration
+                rescaled
                 or evaluation is None
                 or job.eval_split != "test"
                 or launch.precision_of(accelerator) != "no"
