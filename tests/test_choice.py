@@ -97,28 +97,36 @@ def test_photos_are_flipped_in_training_unless_their_mirror_images_are_others(
     ]
 
 
-def test_crops_are_tried_where_a_source_probe_is_best_even_if_a_probe_is_better(
-    tiny_weights, photos_dir, monkeypatch
+@pytest.mark.parametrize(
+    ("sharpness", "recipe", "geometry"),
+    [
+        ((1, 2, 9, 3), "probe", {"preprocessing": "chapter"}),
+        ((1, 2, 1, 3), "source-probe", {"image_size": 96}),
+    ],
+)
+def test_crops_are_tried_with_the_best_head(
+    tiny_weights, photos_dir, monkeypatch, sharpness, recipe, geometry
 ):
-    """Each geometry is better than the one before."""
+    """Source-probes of three geometries, and a probe after the second."""
     monkeypatch.setattr(Search, "try_training", lambda _: None)
+    sharpness, try_heads = iter([*sharpness, 4]), Search.try_heads
 
     def outputs(labels):
         return scipy.special.log_softmax(next(sharpness) * np.eye(2)[labels], axis=1)
 
-    def try_heads(search):
-        search.larger = 96
-        tried_heads(search)
-
     def cross_validate(features, labels, *rest):
         return outputs(labels), regression.cross_validate(features, labels, *rest)[1]
 
-    sharpness, tried_heads = iter([1, 2, 9, 3, 4]), Search.try_heads  # the third is the probe's
-    monkeypatch.setattr(Search, "try_heads", try_heads)
+    def try_larger_too(search):
+        search.larger = 96
+        try_heads(search)
+
+    monkeypatch.setattr(Search, "try_heads", try_larger_too)
     monkeypatch.setattr(search, "cross_validate", cross_validate)
-    monkeypatch.setattr(Search, "cross_validate_probe", lambda search, _: outputs(search.labels))
-    tried = decide_here(tiny_weights, photos_dir).record["tried"]
-    assert [row["knobs"].get("image_size") for row in tried] == [None, 96, 96, None, None]
+    monkeypatch.setattr(Search, "cross_validate_probe", lambda search, *_: outputs(search.labels))
+    [crops] = [row for row in decide_here(tiny_weights, photos_dir).record["tried"] if len(row["knobs"]) > 2]
+    assert crops["recipe"] == recipe and crops["knobs"]["probe_views"] == 1
+    assert geometry.items() <= crops["knobs"].items()
 
 
 def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, monkeypatch):
@@ -130,8 +138,8 @@ def test_the_choice_depends_on_train_alone(tiny_weights, photos_dir, tmp_path, m
     tried = one.record["tried"]
     assert tried == other.record["tried"] and one.record["knobs"] == other.record["knobs"]
     recipes = [row["recipe"] for row in tried]
-    assert recipes.count("source-probe") == 3
-    assert sorted(recipe for recipe in recipes if recipe != "source-probe") == ["full", "light", "probe"]
+    assert recipes.count("source-probe") + recipes.count("probe") == 4  # three heads, the best with crops too
+    assert sorted(recipe for recipe in recipes if "probe" not in recipe) == ["full", "light"]
     assert [row["log_loss"] for row in tried] == sorted(row["log_loss"] for row in tried)
     assert one.record["chosen"] == tried[0]["name"] and one.config.recipe == tried[0]["recipe"]
     for row in tried:
@@ -295,7 +303,7 @@ def test_copies_of_a_photo_are_in_one_fold_of_a_probe_that_is_tried():
     search.folds = stratified_folds(labels, groups, 4, 0)
     losses = []
     for search.groups in (groups, np.arange(120)):
-        outputs = search.cross_validate_probe(features)
+        outputs = search.cross_validate_probe(features, ())
         losses.append(-outputs[np.arange(120), labels].mean())
     assert losses[0] < 0.8 * losses[1]
 

@@ -5,7 +5,7 @@ import functools
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,11 @@ CROPS, GENTLE_CROPS = {"min_crop_area": 0.25, "flip": True}, {"min_crop_area": 0
 MIRRORED_ERRORS = 3
 # Fine-tunings are tested on as few folds as hold back so many photos.
 ENOUGH_HELD_BACK = 75
+# Sizes that are tried beside the model's own, as multiples of it: a larger one to evaluate, crops for light
+# fine-tuning that is evaluated on it, and crops that take half the time if there is little. Things in crops
+# are larger than in the whole photo, so that larger photos in evaluation suit them (Touvron et al. 2019,
+# arXiv 1906.06423).
+LARGER, LIGHT_CROPS, SMALLER_CROPS = 8 / 7, 6 / 7, 5 / 7
 # Light fine-tuning is not tried if a full one has this share of the fitted heads' log-loss, or less.
 MUCH_BETTER = 0.5
 # Epochs of fine-tuning on a part of train, enough to tell how it ends. A full one is given up if its log-loss
@@ -122,10 +127,9 @@ class Search:
         network.require_linear_head(source)
         data_config = source_data_config(source, "model", config.data.image_size)
         self.size = data_config["input_size"][-1]
-        # Other sizes, about as many times as large, that the network takes: that of crops that take half the
-        # time, if there may be little, and of larger photos, unless the size is given.
-        self.smaller = None if minutes is None else self._other_size(source, 5 / 7)
-        self.larger = None if config.data.image_size else self._other_size(source, 10 / 7)
+        self.larger = None if config.data.image_size else self._other_size(source, LARGER)
+        self.light_crops = self._other_size(source, LIGHT_CROPS) or self.size
+        self.smaller_crops = None if minutes is None else self._other_size(source, SMALLER_CROPS)
         # A photo is read by each way to preprocess it, by each crop, and in every epoch.
         self.photos = photos = keep_decoded(config, accelerator, photos, data_config, reads=2)
         source.to(accelerator.device)
@@ -188,11 +192,14 @@ class Search:
         costs, largest = self.costs, self.larger or self.size
         cheap = sum(map(costs.features, {self.size, largest})) + costs.features(self.size)
         cheap += costs.features(largest, 1 + VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
+        share = {"full": 1.0, "light": (self.light_crops / self.size) ** 2 if self.larger else 1.0}
         trials = {
-            recipe: costs.training(recipe, self.trial_size(self.trial_epochs(recipe)))
+            recipe: share[recipe] * costs.training(recipe, self.trial_size(self.trial_epochs(recipe)))
             for recipe in TRIAL_EPOCHS
         }
-        final = {recipe: costs.training(recipe, self.epochs(recipe)) for recipe in TRIAL_EPOCHS}
+        final = {
+            recipe: share[recipe] * costs.training(recipe, self.epochs(recipe)) for recipe in TRIAL_EPOCHS
+        }
         light = cheap + trials["full"] / 2 + trials["light"]
         ends = {
             "a fitted output layer": light,
@@ -247,7 +254,7 @@ class Search:
         """Whether there is time to try a head, and then for a fine-tuning if there is now, or to train it."""
         left, final = self.left(), self.finish_seconds(head)
         epochs = self.trial_size(self.fewest_trial_epochs("light")) + self.fewest_epochs("light")
-        light = Candidate("", "light", {"train_image_size": self.smaller or self.size})
+        light = Candidate("", "light", {"train_image_size": self.smaller_crops or self.size})
         shortest = final + self.train_seconds(light, epochs)
         if not self.mirrored:
             shortest += self.costs.features(self.size)
@@ -283,8 +290,8 @@ class Search:
             if geometry is self.best_geometry():
                 self.extractor = extractor
             if knobs["preprocessing"] == "chapter":
-                fit = functools.partial(self.cross_validate_probe, features)
-                probe = Candidate(f"probe, {self.geometry_name(knobs)}", "probe", {})
+                fit = functools.partial(self.cross_validate_probe, features, ())
+                probe = Candidate(f"probe, {self.geometry_name(knobs)}", "probe", knobs)
                 self.show(self.board.add(probe, launch.run_on_main(self.accelerator, fit)))
 
     def best_geometry(self, own_size: bool = False) -> Geometry:
@@ -311,12 +318,13 @@ class Search:
         tools = self.accelerator, net, self.photos, data_config, self.workers, self.stop
         return FeatureExtractor(*tools), prior_of
 
-    def cross_validate_probe(self, features: np.ndarray) -> np.ndarray:
+    def cross_validate_probe(self, features: np.ndarray, views: Sequence[np.ndarray]) -> np.ndarray:
         """Return log-probabilities [N, classes] of the recipe "probe", each by a fit without that fold."""
         outputs = np.zeros((len(self.labels), self.labels.max() + 1))
         for learned, held_back in self.folds:
             seed, balanced, groups = self.config.run.seed, self.weights is not None, self.groups[learned]
-            layer, _ = heads.fit_probe(features[learned], self.labels[learned], seed, (), balanced, groups)
+            own, other = features[learned], [view[learned] for view in views]
+            layer, _ = heads.fit_probe(own, self.labels[learned], seed, other, balanced, groups)
             outputs[held_back] = scipy.special.log_softmax(layer.logits(features[held_back]), axis=1)
         return outputs
 
@@ -347,23 +355,28 @@ class Search:
         )
 
     def try_crops(self) -> None:
-        """Try the best geometry with random crops to learn from."""
-        best = self.best_geometry()
-        geometry = best.tried.candidate.knobs
-        area, flip = self.crop["min_crop_area"], self.crop["flip"]
-        knobs = geometry | self.crop
-        knobs |= {"augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
-        name = f"crops from {area:.0%}, {'flips' if flip else 'no flips'}"
-        candidate = self.source_probe(knobs, f", {self.geometry_name(geometry)}, {name}")
+        """Try the best head with random crops to learn from."""
+        best, area, flip = self.board.reference().candidate, self.crop["min_crop_area"], self.crop["flip"]
+        crops = {**self.crop, "augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
+        name = f"{best.name}, crops from {area:.0%}, {'flips' if flip else 'no flips'}"
+        candidate = Candidate(name, best.recipe, best.knobs | crops)
         if not self.has_time(self.costs.features(self.side(candidate), VIEWS), candidate):
             return
-        views = self.extractor.crops("train", VIEWS, area, self.config.run.seed, flip)
-        views = [view.features.numpy() for view in views]
-        fit = functools.partial(
-            cross_validate, best.features, self.labels, best.prior_of, self.folds, views, self.weights
-        )
-        outputs, _ = launch.run_on_main(self.accelerator, fit)
-        self.show(self.board.add(candidate, outputs))
+        [geometry] = (each for each in self.geometries if each.tried.candidate.knobs == best.knobs)
+        extractor = self.extractor
+        if geometry is not self.best_geometry():
+            extractor, _ = self.extractor_of(best.knobs)
+        views = extractor.crops("train", VIEWS, area, self.config.run.seed, flip)
+        views, features = [view.features.numpy() for view in views], geometry.features
+
+        def fit() -> np.ndarray:
+            if best.recipe == "probe":
+                return self.cross_validate_probe(features, views)
+            return cross_validate(features, self.labels, geometry.prior_of, self.folds, views, self.weights)[
+                0
+            ]
+
+        self.show(self.board.add(candidate, launch.run_on_main(self.accelerator, fit)))
 
     def try_training(self) -> None:
         """Try fine-tuning on all folds but one, tested on that one."""
@@ -372,18 +385,16 @@ class Search:
         self.try_way(Candidate("full fine-tuning", "full", full), own_start.layers)
         heads_best, best = (self.board.score(each) for each in (self.board.reference(), self.board.best()[0]))
         if best >= MUCH_BETTER * heads_best:
-            # On crops of the model's own size: things in random crops are larger than in the whole photo, so
-            # that the larger size of evaluation suits it (Touvron et al. 2019, arXiv 1906.06423).
             geometry = start.tried.candidate.knobs
             light = {**geometry, **self.crop}
             if "image_size" in geometry:
-                light["train_image_size"] = self.size
+                light["train_image_size"] = self.light_crops
             name = f"light fine-tuning, {self.geometry_name(geometry)}"
             way, layers = Candidate(name, "light", light), start.layers
-            if self.smaller and not self.trial_epochs_in_time(way):
+            if self.smaller_crops and not self.trial_epochs_in_time(way):
                 geometry, layers = own_start.tried.candidate.knobs, own_start.layers
-                knobs = {**geometry, **self.crop, "train_image_size": self.smaller}
-                name = f"light fine-tuning, {self.geometry_name(geometry)}, crops of {self.smaller}"
+                knobs = {**geometry, **self.crop, "train_image_size": self.smaller_crops}
+                name = f"light fine-tuning, {self.geometry_name(geometry)}, crops of {self.smaller_crops}"
                 way = Candidate(name, "light", knobs)
             self.try_way(way, layers)
         if self.config.run.minutes is not None and self.board.best()[0].candidate.recipe == "full":
