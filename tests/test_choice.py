@@ -71,12 +71,20 @@ def test_folds_keep_copies_together_and_every_class_in_every_rest():
     assert stratified_folds(np.array([0, 0, 1, 1]), np.array([0, 1, 2, 2]), 4, 0) == []
 
 
+@pytest.mark.parametrize(("photos", "used"), [(1, 1), (75, 1), (125, 1), (126, 2), (375, 3), (1000, 4)])
+def test_folds_are_used_until_they_hold_back_enough(photos, used):
+    search = object.__new__(Search)
+    search.folds = [(np.arange(0), np.arange(125))] * 4
+    assert len(search.first_folds(photos)) == used
+
+
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_photos_are_flipped_in_training_unless_their_mirror_images_are_others(
     tiny_weights, tmp_path, monkeypatch, mirrored
 ):
     """The second class is a picture and its mirror image, or the first is the mirror image of the second."""
     monkeypatch.setattr(Search, "try_training", lambda _: None)
+    monkeypatch.setattr(search, "ENOUGH_MIRRORED", 9)
     ramp = np.linspace(0, 150, 64)[None, :, None] + np.linspace(0, 40, 64)[:, None, None]
     for name in ("left", "right"):
         (tmp_path / "train" / name).mkdir(parents=True)
@@ -90,7 +98,7 @@ def test_photos_are_flipped_in_training_unless_their_mirror_images_are_others(
             Image.fromarray(pixels).save(tmp_path / "train" / name / f"{number}.png")
     shutil.copytree(tmp_path / "train", tmp_path / "test")
     record = decide_here(tiny_weights, tmp_path).record
-    assert record["mirrored"]["flip"] is not mirrored
+    assert record["mirrored"]["flip"] is not mirrored and record["mirrored"]["photos"] == 12
     crops = [row["knobs"] for row in record["tried"] if "probe_views" in row["knobs"]]
     assert [(knobs["min_crop_area"], knobs["flip"]) for knobs in crops] == [
         (0.5, False) if mirrored else (0.25, True)

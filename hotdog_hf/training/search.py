@@ -1,6 +1,7 @@
 """What the recipe "best" tries on parts of train: fitted heads by cross-validation, then fine-tuning."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import math
@@ -33,8 +34,8 @@ VIEWS = 1
 # mirror images have a log-loss that is higher by over so many standard errors, as of digits or hand signs.
 CROPS, GENTLE_CROPS = {"min_crop_area": 0.25, "flip": True}, {"min_crop_area": 0.5, "flip": False}
 MIRRORED_ERRORS = 3
-# Fine-tunings are tested on as few folds as hold back so many photos.
-ENOUGH_HELD_BACK = 75
+# On as few folds as hold back so many photos, fine-tunings are tested, and mirror images.
+ENOUGH_HELD_BACK, ENOUGH_MIRRORED = 75, 200
 # Sizes that are tried beside the model's own, as multiples of it: a larger one to evaluate, crops for light
 # fine-tuning that is evaluated on it, and crops that take half the time if there is little. Things in crops
 # are larger than in the whole photo, so that larger photos in evaluation suit them (Touvron et al. 2019,
@@ -140,15 +141,19 @@ class Search:
         train_seconds = {recipe: share * speeds[0] for recipe, share in TRAIN_SHARES.items()}
         self.costs = Costs(self.size, len(self.labels), others, train_seconds, speeds[1])
         self.folds = launch.run_on_main(accelerator, self._folds)
-        held_back = np.cumsum([len(held_back) for _, held_back in self.folds])
         # The folds that fine-tunings are tested on.
-        self.trial_folds = self.folds[: 1 + int(np.searchsorted(held_back, ENOUGH_HELD_BACK))]
+        self.trial_folds = self.first_folds(ENOUGH_HELD_BACK)
 
     def _folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
         train = self.photos.splits["train"]
         # Of the first process alone, which fits the heads.
         self.groups = content_groups(train, progress=self.accelerator.is_main_process)
         return stratified_folds(self.labels, self.groups, FOLDS, self.config.run.seed)
+
+    def first_folds(self, photos: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return as few folds as hold back so many photos, or all."""
+        held_back = np.cumsum([len(held_back) for _, held_back in self.folds])
+        return self.folds[: 1 + int(np.searchsorted(held_back, photos))]
 
     def _other_size(self, source: torch.nn.Module, times: float) -> int | None:
         """Return a side in pixels of about so many times the model's own, if the network takes it."""
@@ -330,27 +335,30 @@ class Search:
 
     def test_mirrored(self) -> None:
         """Crop gently, without flips, if heads do clearly worse on the mirror images of held-back photos."""
-        best = self.best_geometry()
-        seconds = self.costs.features(self.side(best.tried.candidate))
+        best, folds = self.best_geometry(), self.first_folds(ENOUGH_MIRRORED)
+        rows = np.concatenate([held_back for _, held_back in folds])
+        seconds = self.costs.features(self.side(best.tried.candidate)) * len(rows) / len(self.labels)
         if seconds > self.left() - self.finish_seconds(best.tried.candidate):
             return
-        features = self.extractor.split("train", mirrored=True).features.numpy()
-        losses = np.zeros(len(self.labels))
-        for (_, rows), layer in zip(self.folds, best.layers, strict=True):
-            outputs = scipy.special.log_softmax(layer.logits(features[rows]), axis=1)
-            losses[rows] = self.board.losses(outputs, rows)
-        rise = losses - best.tried.losses
+        extractor = dataclasses.replace(self.extractor, photos=self.part(train=rows))
+        features = extractor.split("train", mirrored=True).features.numpy()
+        parts = np.split(features, np.cumsum([len(held_back) for _, held_back in folds])[:-1])
+        logits = [layer.logits(part) for layer, part in zip(best.layers, parts, strict=False)]
+        losses = self.board.losses(scipy.special.log_softmax(np.concatenate(logits), axis=1), rows)
+        before = best.tried.losses[rows]
+        rise = losses - before
         error = rise.std() / math.sqrt(len(rise))
         clear = launch.run_on_main(self.accelerator, lambda: bool(rise.mean() > MIRRORED_ERRORS * error))
         self.crop = GENTLE_CROPS if clear else CROPS
         self.mirrored = {
-            "log_loss": round(float(best.tried.losses.mean()), 4),
+            "photos": len(rows),
+            "log_loss": round(float(before.mean()), 4),
             "log_loss_mirrored": round(float(losses.mean()), 4),
             "difference_se": round(float(error), 4),
             "flip": self.crop["flip"],
         }
         self.accelerator.print(
-            f"log-loss of mirrored photos: {losses.mean():.3f} instead of {best.tried.losses.mean():.3f}"
+            f"log-loss of mirrored photos: {losses.mean():.3f} instead of {before.mean():.3f}"
             f" (± {error:.3f}), so {'no flips' if clear else 'flips'} in training"
         )
 
@@ -475,15 +483,19 @@ class Search:
         self, way: Candidate, layer: Layer, fold: tuple[np.ndarray, np.ndarray], epochs: int
     ) -> Job:
         """Return the job of a candidate that trains on all folds but one, from a fitted head."""
-        train, (learned, rows) = self.photos.splits["train"], fold
-        part = {"train": train.select(learned), "test": train.select(rows)}
+        learned, rows = fold
         knobs = {**way.knobs, "head_init": "linear", "probe_views": 0, "source_class": (), "epochs": epochs}
         config = settle(self.config, way.recipe, knobs | {"compile": False})
         with contextlib.redirect_stdout(io.StringIO()):
-            photos = Photos(part, self.photos.data_dir, cache=self.photos.cache)
-            job = build(config, self.accelerator, photos)
+            job = build(config, self.accelerator, self.part(train=learned, test=rows))
         heads.set_head(job.net, *layer)
         return job
+
+    def part(self, **rows: np.ndarray) -> Photos:
+        """Return splits of these names that hold these rows of train."""
+        train = self.photos.splits["train"]
+        splits = {name: train.select(kept) for name, kept in rows.items()}
+        return Photos(splits, self.photos.data_dir, cache=self.photos.cache)
 
     def evaluate_part(self, job: Job) -> np.ndarray:
         """Return log-probabilities [n, classes] of the held-back photos."""
