@@ -16,8 +16,9 @@ from hotdog_hf.data.groups import stratified_folds
 from hotdog_hf.errors import UserError
 from hotdog_hf.model import regression, saved
 from hotdog_hf.model.source import create_source
-from hotdog_hf.training import launch, search
-from hotdog_hf.training.candidates import HEADER, Board, Candidate, Costs
+from hotdog_hf.training import budget, launch, search
+from hotdog_hf.training.budget import Budget, Costs
+from hotdog_hf.training.candidates import HEADER, Board, Candidate
 from hotdog_hf.training.choice import decide
 from hotdog_hf.training.search import Search, settle
 
@@ -31,8 +32,9 @@ def decide_here(weights, data_dir, *flags):
 
 def one_epoch(monkeypatch):
     """Let a fine-tuning be tried for one epoch, and few photos take no more epochs than many."""
-    monkeypatch.setattr(search, "FEWEST_PASSED", 0)
-    monkeypatch.setattr(search, "TRIAL_EPOCHS", {"full": 1, "light": 1})
+    monkeypatch.setattr(budget, "FEWEST_PASSED", 0)
+    for recipe in ("full", "light"):
+        monkeypatch.setitem(budget.TRIAL_EPOCHS, recipe, 1)
 
 
 def prefer(monkeypatch, recipe):
@@ -126,7 +128,7 @@ def test_crops_are_tried_with_the_best_head(
         return outputs(labels), regression.cross_validate(features, labels, *rest)[1]
 
     def try_larger_too(search):
-        search.larger = 96
+        search.sizes = search.budget.sizes = search.sizes._replace(larger=96)
         try_heads(search)
 
     monkeypatch.setattr(Search, "try_heads", try_larger_too)
@@ -162,7 +164,7 @@ def test_a_hopeless_fine_tuning_is_given_up_once_that_can_be_told(
     tiny_weights, photos_dir, monkeypatch, steps, epochs
 ):
     one_epoch(monkeypatch)
-    monkeypatch.setattr(search, "TRIAL_EPOCHS", {"full": 2, "light": 1})
+    monkeypatch.setitem(budget.TRIAL_EPOCHS, "full", 2)
     monkeypatch.setattr(search, "HOPELESS", 0)
     monkeypatch.setattr(search, "TELLING_STEPS", steps)
     titles, train_steps = [], search.engine.train_steps
@@ -328,9 +330,7 @@ def test_copies_of_a_photo_are_in_one_fold_of_a_probe_that_is_tried():
     ],
 )
 def test_another_size_is_one_that_the_network_takes(name, size, times, side):
-    search = object.__new__(Search)
-    search.size = size
-    assert search._other_size(create_source(name, "none"), times) == side
+    assert search.other_size(create_source(name, "none"), size, times) == side
 
 
 def test_few_minutes_try_less_and_more_try_more(tiny_weights, photos_dir, monkeypatch):
@@ -349,7 +349,7 @@ def test_with_little_time_a_light_fine_tuning_learns_from_smaller_crops(
 ):
     one_epoch(monkeypatch)
     prefer(monkeypatch, "light")
-    monkeypatch.setattr(Search, "epochs_in_time", lambda _, way: 9 * ("train_image_size" in way.knobs))
+    monkeypatch.setattr(Budget, "epochs_in_time", lambda _, way: 9 * ("train_image_size" in way.knobs))
     chosen = decide_here(tiny_weights, photos_dir, "--minutes", 5).record
     assert chosen["knobs"]["train_image_size"] == 32 and "crops of 32" in chosen["chosen"]
     assert "full" not in [row["recipe"] for row in chosen["tried"]]
@@ -373,8 +373,9 @@ def test_a_trial_that_is_slower_than_expected_gets_fewer_epochs_or_none(
 
     built = Search.build_part
     monkeypatch.setattr(Search, "build_part", build_part)
-    for name, value in {"FEWEST_PASSED": 0, "ENOUGH_HELD_BACK": 1, "MUCH_BETTER": np.inf}.items():
-        monkeypatch.setattr(search, name, value)
+    monkeypatch.setattr(budget, "FEWEST_PASSED", 0)
+    monkeypatch.setattr(search, "ENOUGH_HELD_BACK", 1)
+    monkeypatch.setattr(search, "MUCH_BETTER", np.inf)
     monkeypatch.setattr(search.engine, "measure_speed", lambda *_: (0.01, 0.01))
     monkeypatch.setattr(search.engine, "train_steps", train_steps)
     monkeypatch.setattr(search, "time", clock)
@@ -383,8 +384,8 @@ def test_a_trial_that_is_slower_than_expected_gets_fewer_epochs_or_none(
 
 
 def test_full_fine_tuning_takes_more_epochs_on_few_photos():
-    assert [search.enough_epochs("full", 8, photos) for photos in (1, 50, 150, 500)] == [40, 27, 9, 8]
-    assert search.enough_epochs("light", 6, 50) == 6
+    assert [budget.enough_epochs("full", 8, photos) for photos in (1, 50, 150, 500)] == [40, 27, 9, 8]
+    assert budget.enough_epochs("light", 6, 50) == 6
 
 
 def test_costs_follow_what_was_measured():

@@ -1,4 +1,4 @@
-"""What the recipe "best" chooses from: candidates, what each reached on held-back photos, what they cost."""
+"""What the recipe "best" chooses from: candidates, and what each reached on held-back photos."""
 
 import dataclasses
 import math
@@ -151,35 +151,3 @@ class Board:
         numbers = [f"{row[name]:.3f} ± {row[f'{name}_se']:.3f}" for name in ("log_loss", "accuracy")]
         given_up = " (given up)" if tried.given_up else ""
         return f"{numbers[0]:<16}{numbers[1]:<16}{row['photos']:>6}  {row['name']}{given_up}"
-
-
-@dataclasses.dataclass
-class Costs:
-    """Seconds of what a search may do: estimated from seconds per photo at the model's own size."""
-
-    # The model's own input side, photos of train, and photos of the splits that are evaluated.
-    size: int
-    train_photos: int
-    eval_photos: int
-    # Seconds per photo of training, by recipe, and of evaluation, measured at the start on photos in memory,
-    # then on what was done.
-    train_seconds: dict[str, float]
-    eval_seconds: float
-
-    def correct(self, eval_seconds: float) -> None:
-        """Take over what evaluation was measured to take: training takes as much longer by reading photos."""
-        reading = max(eval_seconds - self.eval_seconds, 0)
-        self.train_seconds = {recipe: each + reading for recipe, each in self.train_seconds.items()}
-        self.eval_seconds = eval_seconds
-
-    def features(self, size: int, views: int = 1) -> float:
-        """Return the seconds of passing all of train through the network once per view."""
-        return views * self.train_photos * self.eval_seconds * (size / self.size) ** 2
-
-    def evaluation(self, size: int) -> float:
-        """Return the seconds of evaluating test and validation once."""
-        return self.eval_photos * self.eval_seconds * (size / self.size) ** 2
-
-    def training(self, recipe: str, epochs: float) -> float:
-        """Return the seconds of so many epochs on train, on crops of the model's own size."""
-        return epochs * self.train_photos * self.train_seconds[recipe]

@@ -23,13 +23,12 @@ from hotdog_hf.model import heads, network
 from hotdog_hf.model.regression import Layer, cross_validate
 from hotdog_hf.model.source import check_size, load_source, source_data_config
 from hotdog_hf.training import engine, launch, sharding
-from hotdog_hf.training.candidates import HEADER, Board, Candidate, Costs, Tried
+from hotdog_hf.training.budget import TRAIN_SHARES, TRIAL_EPOCHS, VIEWS, Budget, Costs, Sizes
+from hotdog_hf.training.candidates import HEADER, Board, Candidate, Tried
 from hotdog_hf.training.features import FeatureExtractor
 from hotdog_hf.training.job import Job, build, keep_decoded
 
 FOLDS = 4
-# Random crops of each photo that a probe learns from, if it learns from crops.
-VIEWS = 1
 # How to crop: from a quarter of the photo, with flips, or gentler, where photos must not be mirrored: their
 # mirror images have a log-loss that is higher by over so many standard errors, as of digits or hand signs.
 CROPS, GENTLE_CROPS = {"min_crop_area": 0.25, "flip": True}, {"min_crop_area": 0.5, "flip": False}
@@ -43,20 +42,9 @@ ENOUGH_HELD_BACK, ENOUGH_MIRRORED = 75, 200
 LARGER, LIGHT_CROPS, SMALLER_CROPS = 8 / 7, 6 / 7, 5 / 7
 # Light fine-tuning is not tried if a full one has this share of the fitted heads' log-loss, or less.
 MUCH_BETTER = 0.5
-# Epochs of fine-tuning on a part of train, enough to tell how it ends. A full one is given up if its log-loss
-# is over so many times that of the best head: halfway, if it has made so many steps by then. Fewer steps tell
-# little of how it ends, as do the first epochs of a light one.
-TRIAL_EPOCHS, TELLING_STEPS, HOPELESS = {"full": 6, "light": 6}, 60, 2.0
-# A full one passes so many photos at least: of few, in more epochs (but in at most so many). Fewer steps end
-# far from where more would.
-FEWEST_PASSED, MOST_EPOCHS_OF_FEW = 1350, 40
-# With --minutes: the smallest share of the usual epochs that tells what a fine-tuning is good for, the
-# smallest that is worth training on all of train, and the most epochs.
-TRIAL_SHARE, FINAL_SHARE, MOST_EPOCHS = 2 / 3, 1 / 2, {"full": 20, "light": 6}
-# Seconds of training on a photo by recipe, before any was trained, as shares of those for the whole network.
-TRAIN_SHARES = {"full": 1.0, "light": 0.55}
-# Seconds for what depends on no photo: fitting the head, saving, figures.
-FIXED_SECONDS = 6
+# A full fine-tuning is given up if its log-loss is over so many times that of the best head: halfway, if it
+# has made so many steps by then. Fewer steps tell little of how it ends, as do a light one's first epochs.
+TELLING_STEPS, HOPELESS = 60, 2.0
 
 
 def check_flags(config: TrainConfig) -> None:
@@ -66,6 +54,18 @@ def check_flags(config: TrainConfig) -> None:
             settle(config, recipe, {})
         except ValueError as error:
             raise UserError(f"--recipe best also tries {recipe}, for which {error}") from error
+
+
+def other_size(source: torch.nn.Module, own: int, times: float) -> int | None:
+    """Return a side in pixels of about so many times the model's own, if the network takes it."""
+    side = round(own * times / 32) * 32
+    if side == 0 or (side - own) * (times - 1) <= 0:
+        return None
+    try:
+        check_size(source, side)
+    except UserError:
+        return None
+    return side
 
 
 def settle(config: TrainConfig, recipe: str, knobs: dict) -> TrainConfig:
@@ -79,12 +79,6 @@ def settle(config: TrainConfig, recipe: str, knobs: dict) -> TrainConfig:
         for name in ("crop_on_device", "ema_decay"):
             given.pop(name, None)
     return override(RECIPES[recipe], **given | knobs)
-
-
-def enough_epochs(recipe: str, usual: int, photos: int) -> int:
-    """Return the usual number of epochs, or for full fine-tuning on few photos what makes enough steps."""
-    few = min(math.ceil(FEWEST_PASSED / photos), MOST_EPOCHS_OF_FEW)
-    return max(usual, few) if recipe == "full" else usual
 
 
 class Geometry(NamedTuple):
@@ -127,22 +121,27 @@ class Search:
         source = load_source(config.model.model, config.model.weights, config.data.image_size)
         network.require_linear_head(source)
         data_config = source_data_config(source, "model", config.data.image_size)
-        self.size = data_config["input_size"][-1]
-        self.larger = None if config.data.image_size else self._other_size(source, LARGER)
-        self.light_crops = self._other_size(source, LIGHT_CROPS) or self.size
-        self.smaller_crops = None if minutes is None else self._other_size(source, SMALLER_CROPS)
+        own = data_config["input_size"][-1]
+        self.sizes = Sizes(
+            own,
+            larger=None if config.data.image_size else other_size(source, own, LARGER),
+            light_crops=other_size(source, own, LIGHT_CROPS) or own,
+            smaller_crops=None if minutes is None else other_size(source, own, SMALLER_CROPS),
+        )
         # A photo is read by each way to preprocess it, by each crop, and in every epoch.
         self.photos = photos = keep_decoded(config, accelerator, photos, data_config, reads=2)
         source.to(accelerator.device)
         # Reading and decoding come on top of what is measured on photos in memory.
-        speeds = [1.2 * each for each in engine.measure_speed(accelerator, source, self.size)]
+        speeds = [1.2 * each for each in engine.measure_speed(accelerator, source, own)]
         speeds = launch.run_on_main(accelerator, lambda: speeds)
         others = sum(len(rows) for name, rows in photos.splits.items() if name != "train")
         train_seconds = {recipe: share * speeds[0] for recipe, share in TRAIN_SHARES.items()}
-        self.costs = Costs(self.size, len(self.labels), others, train_seconds, speeds[1])
+        self.costs = Costs(own, len(self.labels), others, train_seconds, speeds[1])
         self.folds = launch.run_on_main(accelerator, self._folds)
         # The folds that fine-tunings are tested on.
         self.trial_folds = self.first_folds(ENOUGH_HELD_BACK)
+        learned = [len(learned) for learned, _ in self.trial_folds]
+        self.budget = Budget(self.costs, self.sizes, learned, config.run.neighbors, minutes, self.left)
 
     def _folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
         train = self.photos.splits["train"]
@@ -155,17 +154,6 @@ class Search:
         held_back = np.cumsum([len(held_back) for _, held_back in self.folds])
         return self.folds[: 1 + int(np.searchsorted(held_back, photos))]
 
-    def _other_size(self, source: torch.nn.Module, times: float) -> int | None:
-        """Return a side in pixels of about so many times the model's own, if the network takes it."""
-        side = round(self.size * times / 32) * 32
-        if side == 0 or (side - self.size) * (times - 1) <= 0:
-            return None
-        try:
-            check_size(source, side)
-        except UserError:
-            return None
-        return side
-
     def left(self) -> float:
         """Return the seconds that are left of --minutes, the same on every process."""
         return launch.run_on_main(self.accelerator, lambda: self.end - time.perf_counter())
@@ -174,8 +162,8 @@ class Search:
         """Try the candidates; return the chosen one, why, and what calibrates it if it is a fine-tuning."""
         if not self.folds:
             why = "a class has one photo, or copies of one, so there is nothing to test on"
-            return self.source_probe({}), why, None
-        self.accelerator.print(f"{self.describe_plan()}\n{HEADER}")
+            return Candidate("source-probe", "source-probe", {}), why, None
+        self.accelerator.print(f"{self.budget.describe()}\n{HEADER}")
         self.try_heads()
         self.test_mirrored()
         self.try_crops()
@@ -183,101 +171,20 @@ class Search:
         best, why = self.board.best()
         chosen = best.candidate
         if chosen.recipe in TRIAL_EPOCHS and self.config.run.minutes is not None:
-            epochs = int((self.left() - self.finish_seconds(chosen)) / self.train_seconds(chosen, 1))
-            most = max(MOST_EPOCHS[chosen.recipe], self.epochs(chosen.recipe))
-            epochs = int(np.clip(epochs, self.fewest_epochs(chosen.recipe), most))
+            epochs = self.budget.final_epochs(chosen)
             chosen = chosen._replace(knobs={**chosen.knobs, "epochs": epochs})
             why += f"; {epochs} epochs fit into the time"
         return chosen, why, best.calibration
 
-    def describe_plan(self) -> str:
-        """Return a line that says how long the run will take."""
-        if self.config.run.minutes is not None:
-            return f"the whole run may take {self.config.run.minutes:g} minutes; trying what fits"
-        costs, largest = self.costs, self.larger or self.size
-        cheap = sum(map(costs.features, {self.size, largest})) + costs.features(self.size)
-        cheap += costs.features(largest, 1 + VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
-        share = {"full": 1.0, "light": (self.light_crops / self.size) ** 2 if self.larger else 1.0}
-        trials = {
-            recipe: share[recipe] * costs.training(recipe, self.trial_size(self.trial_epochs(recipe)))
-            for recipe in TRIAL_EPOCHS
-        }
-        final = {
-            recipe: share[recipe] * costs.training(recipe, self.epochs(recipe)) for recipe in TRIAL_EPOCHS
-        }
-        light = cheap + trials["full"] / 2 + trials["light"]
-        ends = {
-            "a fitted output layer": light,
-            "light fine-tuning": light + final["light"],
-            "full fine-tuning": cheap + trials["full"] + final["full"],
-        }
-        return "minutes this is expected to take: " + ", ".join(
-            f"{each / 60:.1f} if {name} is best" for name, each in ends.items()
-        )
-
-    def epochs(self, recipe: str) -> int:
-        """Return how many epochs a fine-tuning takes on all of train."""
-        return enough_epochs(recipe, RECIPES[recipe].optim.epochs, len(self.labels))
-
-    def trial_epochs(self, recipe: str) -> int:
-        """Return how many epochs a fine-tuning is tried for on a part of train."""
-        return enough_epochs(recipe, TRIAL_EPOCHS[recipe], len(self.trial_folds[0][0]))
-
-    def trial_size(self, epochs: float) -> float:
-        """Return how many epochs on all of train a trial of so many epochs is."""
-        return epochs * sum(len(learned) for learned, _ in self.trial_folds) / len(self.labels)
-
-    def side(self, candidate: Candidate) -> int:
-        """Return the side in pixels of the photos that a candidate is evaluated on."""
-        return candidate.knobs.get("image_size", self.size)
-
-    def share(self, way: Candidate) -> float:
-        """Return the pixels of a fine-tuning's crops as a share of those of the model's own size."""
-        return (way.knobs.get("train_image_size", self.size) / self.size) ** 2
-
-    def train_seconds(self, way: Candidate, epochs: float) -> float:
-        """Return the seconds of so many epochs of a fine-tuning on all of train."""
-        return self.share(way) * self.costs.training(way.recipe, epochs)
-
-    def finish_seconds(self, candidate: Candidate) -> float:
-        """Return the seconds of a candidate's final run, without those of its epochs."""
-        size = self.side(candidate)
-        # Features are kept with the network; those of the source may be in the cache.
-        cached = candidate.recipe not in TRIAL_EPOCHS and candidate.knobs.get("cache_features", True)
-        views = int(self.config.run.neighbors and not cached)
-        return self.costs.features(size, views) + self.costs.evaluation(size) + FIXED_SECONDS
-
-    def fewest_epochs(self, recipe: str) -> int:
-        """Return the fewest epochs that a fine-tuning is worth on all of train."""
-        return math.ceil(FINAL_SHARE * self.epochs(recipe))
-
-    def fewest_trial_epochs(self, recipe: str) -> int:
-        """Return the fewest epochs on a part of train that tell something of a fine-tuning."""
-        return math.ceil(TRIAL_SHARE * self.trial_epochs(recipe))
-
-    def has_time(self, seconds: float, head: Candidate) -> bool:
-        """Whether there is time to try a head, and then for a fine-tuning if there is now, or to train it."""
-        left, final = self.left(), self.finish_seconds(head)
-        epochs = self.trial_size(self.fewest_trial_epochs("light")) + self.fewest_epochs("light")
-        light = Candidate("", "light", {"train_image_size": self.smaller_crops or self.size})
-        shortest = final + self.train_seconds(light, epochs)
-        if not self.mirrored:
-            shortest += self.costs.features(self.size)
-        return seconds <= left - (shortest if left > shortest else final)
-
-    def source_probe(self, knobs: dict, name: str = "") -> Candidate:
-        """Return a source-probe with these knobs."""
-        return Candidate(f"source-probe{name}", "source-probe", knobs)
-
     def try_heads(self) -> None:
         """Try heads fitted to cached features, in up to three geometries, by cross-validation."""
         geometries = [{"preprocessing": "model"}, {"preprocessing": "chapter"}]
-        if self.larger:
-            geometries.append({"preprocessing": "model", "image_size": self.larger})
+        if self.sizes.larger:
+            geometries.append({"preprocessing": "model", "image_size": self.sizes.larger})
         for knobs in geometries:
-            candidate = self.source_probe(knobs, f", {self.geometry_name(knobs)}")
-            pass_seconds = self.costs.features(self.side(candidate))
-            if self.board.tried and not self.has_time(pass_seconds, candidate):
+            candidate = Candidate(f"source-probe, {self.geometry_name(knobs)}", "source-probe", knobs)
+            pass_seconds = self.costs.features(self.sizes.evaluated(candidate))
+            if self.board.tried and not self.budget.has_time(pass_seconds, candidate, passes_left=1):
                 continue
             extractor, prior_of = self.extractor_of(knobs)
             begun = time.perf_counter()
@@ -302,14 +209,16 @@ class Search:
     def best_geometry(self, own_size: bool = False) -> Geometry:
         """Return the geometry whose source-probe has the lowest log-loss, or that of the model's own size."""
         geometries = [
-            each for each in self.geometries if not own_size or self.side(each.tried.candidate) == self.size
+            each
+            for each in self.geometries
+            if not own_size or self.sizes.evaluated(each.tried.candidate) == self.sizes.own
         ]
         return min(geometries, key=lambda each: each.tried.losses.mean())
 
     def geometry_name(self, knobs: dict) -> str:
         """Return a geometry in words."""
         kept = "aspect kept" if knobs["preprocessing"] == "model" else "squashed"
-        return f"{kept}, {knobs.get('image_size', self.size)} pixels"
+        return f"{kept}, {knobs.get('image_size', self.sizes.own)} pixels"
 
     def extractor_of(self, knobs: dict) -> tuple[FeatureExtractor, Callable]:
         """Return what computes features in a geometry, and the prior of the source's classes."""
@@ -337,8 +246,9 @@ class Search:
         """Crop gently, without flips, if heads do clearly worse on the mirror images of held-back photos."""
         best, folds = self.best_geometry(), self.first_folds(ENOUGH_MIRRORED)
         rows = np.concatenate([held_back for _, held_back in folds])
-        seconds = self.costs.features(self.side(best.tried.candidate)) * len(rows) / len(self.labels)
-        if seconds > self.left() - self.finish_seconds(best.tried.candidate):
+        head, share = best.tried.candidate, len(rows) / len(self.labels)
+        seconds = self.costs.features(self.sizes.evaluated(head), share)
+        if seconds > self.left() - self.budget.finish(head):
             return
         extractor = dataclasses.replace(self.extractor, photos=self.part(train=rows))
         features = extractor.split("train", mirrored=True).features.numpy()
@@ -368,7 +278,8 @@ class Search:
         crops = {**self.crop, "augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
         name = f"{best.name}, crops from {area:.0%}, {'flips' if flip else 'no flips'}"
         candidate = Candidate(name, best.recipe, best.knobs | crops)
-        if not self.has_time(self.costs.features(self.side(candidate), VIEWS), candidate):
+        seconds = self.costs.features(self.sizes.evaluated(candidate), VIEWS)
+        if not self.budget.has_time(seconds, candidate, passes_left=int(self.mirrored is None)):
             return
         [geometry] = (each for each in self.geometries if each.tried.candidate.knobs == best.knobs)
         extractor = self.extractor
@@ -380,48 +291,39 @@ class Search:
         def fit() -> np.ndarray:
             if best.recipe == "probe":
                 return self.cross_validate_probe(features, views)
-            return cross_validate(features, self.labels, geometry.prior_of, self.folds, views, self.weights)[
-                0
-            ]
+            prior_of = geometry.prior_of
+            outputs, _ = cross_validate(features, self.labels, prior_of, self.folds, views, self.weights)
+            return outputs
 
         self.show(self.board.add(candidate, launch.run_on_main(self.accelerator, fit)))
 
     def try_training(self) -> None:
         """Try fine-tuning on all folds but one, tested on that one."""
         start, own_start = self.best_geometry(), self.best_geometry(own_size=True)
-        full = {**own_start.tried.candidate.knobs, **self.crop, "epochs": self.epochs("full")}
+        full = {**own_start.tried.candidate.knobs, **self.crop, "epochs": self.budget.epochs("full")}
         self.try_way(Candidate("full fine-tuning", "full", full), own_start.layers)
         heads_best, best = (self.board.score(each) for each in (self.board.reference(), self.board.best()[0]))
         if best >= MUCH_BETTER * heads_best:
             geometry = start.tried.candidate.knobs
             light = {**geometry, **self.crop}
             if "image_size" in geometry:
-                light["train_image_size"] = self.light_crops
+                light["train_image_size"] = self.sizes.light_crops
             name = f"light fine-tuning, {self.geometry_name(geometry)}"
             way, layers = Candidate(name, "light", light), start.layers
-            if self.smaller_crops and not self.trial_epochs_in_time(way):
+            smaller = self.sizes.smaller_crops
+            if smaller and not self.budget.trial_epochs_in_time(way):
                 geometry, layers = own_start.tried.candidate.knobs, own_start.layers
-                knobs = {**geometry, **self.crop, "train_image_size": self.smaller_crops}
-                name = f"light fine-tuning, {self.geometry_name(geometry)}, crops of {self.smaller_crops}"
-                way = Candidate(name, "light", knobs)
+                light = {**geometry, **self.crop, "train_image_size": smaller}
+                name = f"light fine-tuning, {self.geometry_name(geometry)}, crops of {smaller}"
+                way = Candidate(name, "light", light)
             self.try_way(way, layers)
         if self.config.run.minutes is not None and self.board.best()[0].candidate.recipe == "full":
             other = GENTLE_CROPS if self.crop == CROPS else CROPS
             self.try_way(Candidate("full fine-tuning, other crops", "full", full | other), own_start.layers)
 
-    def epochs_in_time(self, way: Candidate) -> float:
-        """Return how many epochs of a trial leave time for the shortest training on all of train."""
-        final = self.train_seconds(way, self.fewest_epochs(way.recipe)) + self.finish_seconds(way)
-        return (self.left() - final) / self.train_seconds(way, self.trial_size(1))
-
-    def trial_epochs_in_time(self, way: Candidate) -> int:
-        """Return for how many epochs there is time to try a fine-tuning; 0 if they would tell nothing."""
-        epochs = int(min(self.epochs_in_time(way), self.trial_epochs(way.recipe)))
-        return epochs if epochs >= self.fewest_trial_epochs(way.recipe) else 0
-
     def try_way(self, way: Candidate, layers: list[Layer]) -> None:
         """Try a fine-tuning from fitted heads, if there is time for it: fewer epochs if there is little."""
-        epochs = self.trial_epochs_in_time(way)
+        epochs = self.budget.trial_epochs_in_time(way)
         if not epochs:
             self.accelerator.print(f"{way.name}: not tried, as there is no time for it")
             return
@@ -466,10 +368,10 @@ class Search:
                     raise launch.StoppedError
             job.state.totals.zero_()
             if epoch == 1:
-                seconds = (time.perf_counter() - begun) / len(learned) / self.share(way)
+                seconds = (time.perf_counter() - begun) / len(learned) / self.sizes.share(way)
                 seconds = functools.partial(float, seconds)
                 self.costs.train_seconds[way.recipe] = launch.run_on_main(self.accelerator, seconds)
-                if self.epochs_in_time(way) < epochs - 1:
+                if self.budget.epochs_in_time(way) < epochs - 1:
                     break
             if epoch == epochs or (epoch == epochs // 2 and telling):
                 outputs = self.evaluate_part(job)
