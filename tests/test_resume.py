@@ -375,7 +375,7 @@ def test_a_signal_stops_after_the_step_and_the_printed_command_goes_on(
     os.killpg(process.pid, number)  # as a terminal does: workers get it too
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert "stopping after the next training step and saving" in err and "Traceback" not in err
+    assert "stopping after the current step" in err and "Traceback" not in err
     [command] = re.findall(r"resume with: python (.*)", out)
     done = run("python", *shlex.split(command))
     assert done.returncode == 0, done.stderr

@@ -296,7 +296,7 @@ class StopSignal:
             os.kill(os.getpid(), number)
         elif not self.number:
             self.number, self.time = int(number), now
-            said = "stopping after the next training step and saving; a second signal exits immediately"
+            said = "stopping after the current step; a second signal exits immediately"
             print(f"\n{signal.Signals(number).name}: {said}", file=sys.stderr, flush=True)
 
     @property
