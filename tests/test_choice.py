@@ -240,13 +240,6 @@ def test_a_fine_tuning_is_chosen_only_if_it_is_clearly_better():
     assert lines[0].split() == ["0.300", "±", "0.038", "1.000", "±", "0.000", "8", "head"]
     place = HEADER.index("tried on parts of train")
     assert [line[place:] for line in lines] == ["head", "chance", "given up (given up)", "clear"]
-    # As many photos as the head's decide like those: the lower log-loss wins.
-    board = Board(labels, None, rescale=False)
-    head = add("head", np.repeat([0.2, 0.4], 4))
-    add("higher", np.tile([0.01, 0.6], 4), np.arange(8))
-    assert board.best()[0] is head and board.best()[1].endswith("and no fine-tuning's is lower")
-    lower = add("lower", np.tile([0.01, 0.58], 4), np.arange(8))
-    assert board.best()[0] is lower and board.best()[1].endswith("lower than that of the best fitted head")
 
 
 def test_a_fine_tuning_that_is_too_certain_is_compared_as_it_is_calibrated():

@@ -105,25 +105,18 @@ class Board:
     def best(self) -> tuple[Tried, str]:
         """Return the candidate to choose, and why.
 
-        A fine-tuning that was tested on fewer photos than the heads must be better than the best of them by
-        more than the standard error of the difference.
+        A fine-tuning must be better than the best head by more than the standard error of the difference.
         """
         trained = [each for each in self.tried if each.trained and not each.given_up]
-        better = [each for each in trained if -self.differences(each).mean() > self.margin(each)]
+        better = [each for each in trained if -self.differences(each).mean() > self.error(each)]
         if better:
             best = min(better, key=self.score)
-            why = "is lower than that of the best fitted head"
-            why += " by more than a standard error" if self.margin(best) else ""
+            why = "is lower than that of the best fitted head by more than a standard error"
         else:
             best = self.reference()
             why = "is the lowest of the fitted heads"
-            why += ", and no fine-tuning's is lower" if trained else ""
-            why += " by more than a standard error" if any(map(self.margin, trained)) else ""
+            why += ", and no fine-tuning's is lower by more than a standard error" if trained else ""
         return best, f"its log-loss, {self.row(best)['log_loss']:.3f}, {why}"
-
-    def margin(self, tried: Tried) -> float:
-        """Return by how much a fine-tuning must be better than the best head."""
-        return self.error(tried) if len(tried.rows) < len(self.labels) else 0.0
 
     def rows(self) -> list[dict]:
         """Return what choice.json says of each candidate, the lowest log-loss first."""
