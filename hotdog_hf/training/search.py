@@ -316,16 +316,14 @@ class Search:
         if best >= MUCH_BETTER * heads_best:
             if self.best_side() > self.sizes.own:  # the first larger size does for it
                 [start] = (each for each in self.geometries if self.has_side(each, self.sizes.larger[0]))
-            # From such a head as in the trial, which learned no crops.
-            crops = {**self.crop, "probe_views": 0}
-            light = start.tried.candidate.knobs | crops
+            light = {**start.tried.candidate.knobs, **self.crop}
             if start is not own_start:
                 light["train_image_size"] = self.sizes.light_crops
             name = f"light fine-tuning, {self.geometry_name(light)}"
             way, layers = Candidate(name, "light", light), start.layers
             smaller = self.sizes.smaller_crops
             if smaller and not self.budget.trial_epochs_in_time(way):
-                light = own_start.tried.candidate.knobs | crops | {"train_image_size": smaller}
+                light = {**own_start.tried.candidate.knobs, **self.crop, "train_image_size": smaller}
                 name = f"light fine-tuning, {self.geometry_name(light)}, crops of {smaller}"
                 way, layers = Candidate(name, "light", light), own_start.layers
             self.try_way(way, layers)
