@@ -35,10 +35,10 @@ class Sizes(NamedTuple):
 
     # The model's own.
     own: int
-    # Larger ones to evaluate on, the second if the first is the best.
-    larger: tuple[int, ...]
-    # Crops for light fine-tuning that is evaluated on the first larger one, and those that take half the time
-    # and are tried if there is little; None: none are.
+    # A larger one to evaluate on; None: no other is tried.
+    larger: int | None
+    # Crops for light fine-tuning that is evaluated on the larger one, and those that take half the time: they
+    # are tried if there is little; None: none are.
     light_crops: int
     smaller_crops: int | None
 
@@ -102,9 +102,9 @@ class Budget:
         """Return a line that says how long the run will take."""
         if self.minutes is not None:
             return f"the whole run may take {self.minutes:g} minutes; trying what fits"
-        costs, tried = self.costs, (self.sizes.own, self.sizes.own, *self.sizes.larger)
-        cheap = sum(map(costs.features, tried)) + costs.features(tried[-1], 1 + VIEWS)
-        cheap += costs.evaluation(tried[-1]) + FIXED_SECONDS
+        costs, largest = self.costs, self.sizes.larger or self.sizes.own
+        cheap = sum(map(costs.features, {self.sizes.own, largest})) + costs.features(self.sizes.own)
+        cheap += costs.features(largest, 1 + VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
         crops = self.sizes.light_crops if self.sizes.larger else self.sizes.own
         ways = {recipe: Candidate("", recipe, {}) for recipe in TRIAL_EPOCHS}
         ways["light"].knobs["train_image_size"] = crops

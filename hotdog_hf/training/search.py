@@ -6,7 +6,7 @@ import functools
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,11 +35,11 @@ CROPS, GENTLE_CROPS = {"min_crop_area": 0.25, "flip": True}, {"min_crop_area": 0
 MIRRORED_ERRORS = 3
 # On as few folds as hold back so many photos, fine-tunings are tested, and mirror images.
 ENOUGH_HELD_BACK, ENOUGH_MIRRORED = 75, 200
-# Sizes that are tried beside the model's own, as multiples of it: larger ones to evaluate, crops for light
-# fine-tuning that is evaluated on the first of these, and crops that take half the time if there is little.
-# Things in crops are larger than in the whole photo, so that larger photos in evaluation suit them (Touvron
-# et al. 2019, arXiv 1906.06423).
-LARGER, LIGHT_CROPS, SMALLER_CROPS = (8 / 7, 10 / 7), 6 / 7, 5 / 7
+# Sizes that are tried beside the model's own, as multiples of it: a larger one to evaluate, crops for light
+# fine-tuning that is evaluated on it, and crops that take half the time if there is little. Things in crops
+# are larger than in the whole photo, so that larger photos in evaluation suit them (Touvron et al. 2019,
+# arXiv 1906.06423).
+LARGER, LIGHT_CROPS, SMALLER_CROPS = 8 / 7, 6 / 7, 5 / 7
 # Light fine-tuning is not tried if a full one has this share of the fitted heads' log-loss, or less.
 MUCH_BETTER = 0.5
 # A full fine-tuning is given up if its log-loss is over so many times that of the best head: halfway, if it
@@ -122,10 +122,9 @@ class Search:
         network.require_linear_head(source)
         data_config = source_data_config(source, "model", config.data.image_size)
         own = data_config["input_size"][-1]
-        larger = (other_size(source, own, times) for times in LARGER)
         self.sizes = Sizes(
             own,
-            larger=() if config.data.image_size else tuple(filter(None, larger)),
+            larger=None if config.data.image_size else other_size(source, own, LARGER),
             light_crops=other_size(source, own, LIGHT_CROPS) or own,
             smaller_crops=None if minutes is None else other_size(source, own, SMALLER_CROPS),
         )
@@ -177,21 +176,12 @@ class Search:
             why += f"; {epochs} epochs fit into the time"
         return chosen, why, best.calibration
 
-    def ways_to_preprocess(self) -> Iterator[dict]:
-        """Yield the knobs of geometries; a second larger size only if the first is the best so far."""
-        yield {"preprocessing": "model"}
-        yield {"preprocessing": "chapter"}
-        for side in self.sizes.larger:
-            if side == self.sizes.larger[0] or self.best_side() == self.sizes.larger[0]:
-                yield {"preprocessing": "model", "image_size": side}
-
-    def best_side(self) -> int:
-        """Return the side in pixels of the photos that the best source-probe was evaluated on."""
-        return self.sizes.evaluated(self.best_geometry().tried.candidate)
-
     def try_heads(self) -> None:
-        """Try heads fitted to cached features, in up to four geometries, by cross-validation."""
-        for knobs in self.ways_to_preprocess():
+        """Try heads fitted to cached features, in up to three geometries, by cross-validation."""
+        geometries = [{"preprocessing": "model"}, {"preprocessing": "chapter"}]
+        if self.sizes.larger:
+            geometries.append({"preprocessing": "model", "image_size": self.sizes.larger})
+        for knobs in geometries:
             candidate = Candidate(f"source-probe, {self.geometry_name(knobs)}", "source-probe", knobs)
             pass_seconds = self.costs.features(self.sizes.evaluated(candidate))
             if self.board.tried and not self.budget.has_time(pass_seconds, candidate, passes_left=1):
@@ -218,12 +208,12 @@ class Search:
 
     def best_geometry(self, own_size: bool = False) -> Geometry:
         """Return the geometry whose source-probe has the lowest log-loss, or that of the model's own size."""
-        geometries = [each for each in self.geometries if not own_size or self.has_side(each, self.sizes.own)]
+        geometries = [
+            each
+            for each in self.geometries
+            if not own_size or self.sizes.evaluated(each.tried.candidate) == self.sizes.own
+        ]
         return min(geometries, key=lambda each: each.tried.losses.mean())
-
-    def has_side(self, geometry: Geometry, side: int) -> bool:
-        """Whether a geometry's photos have this side in pixels."""
-        return self.sizes.evaluated(geometry.tried.candidate) == side
 
     def geometry_name(self, knobs: dict) -> str:
         """Return a geometry in words."""
@@ -309,23 +299,23 @@ class Search:
 
     def try_training(self) -> None:
         """Try fine-tuning on all folds but one, tested on that one."""
-        start = own_start = self.best_geometry(own_size=True)
+        start, own_start = self.best_geometry(), self.best_geometry(own_size=True)
         full = {**own_start.tried.candidate.knobs, **self.crop, "epochs": self.budget.epochs("full")}
         self.try_way(Candidate("full fine-tuning", "full", full), own_start.layers)
         heads_best, best = (self.board.score(each) for each in (self.board.reference(), self.board.best()[0]))
         if best >= MUCH_BETTER * heads_best:
-            if self.best_side() > self.sizes.own:  # the first larger size does for it
-                [start] = (each for each in self.geometries if self.has_side(each, self.sizes.larger[0]))
-            light = {**start.tried.candidate.knobs, **self.crop}
-            if start is not own_start:
+            geometry = start.tried.candidate.knobs
+            light = {**geometry, **self.crop}
+            if "image_size" in geometry:
                 light["train_image_size"] = self.sizes.light_crops
-            name = f"light fine-tuning, {self.geometry_name(light)}"
+            name = f"light fine-tuning, {self.geometry_name(geometry)}"
             way, layers = Candidate(name, "light", light), start.layers
             smaller = self.sizes.smaller_crops
             if smaller and not self.budget.trial_epochs_in_time(way):
-                light = {**own_start.tried.candidate.knobs, **self.crop, "train_image_size": smaller}
-                name = f"light fine-tuning, {self.geometry_name(light)}, crops of {smaller}"
-                way, layers = Candidate(name, "light", light), own_start.layers
+                geometry, layers = own_start.tried.candidate.knobs, own_start.layers
+                light = {**geometry, **self.crop, "train_image_size": smaller}
+                name = f"light fine-tuning, {self.geometry_name(geometry)}, crops of {smaller}"
+                way = Candidate(name, "light", light)
             self.try_way(way, layers)
         if self.config.run.minutes is not None and self.board.best()[0].candidate.recipe == "full":
             other = GENTLE_CROPS if self.crop == CROPS else CROPS
