@@ -37,9 +37,7 @@ class Sizes(NamedTuple):
     own: int
     # A larger one to evaluate on; None: no other is tried.
     larger: int | None
-    # Crops for light fine-tuning that is evaluated on the larger one, and those that take half the time: they
-    # are tried if there is little; None: none are.
-    light_crops: int
+    # Crops that take half the time, for light fine-tuning if there is little; None: none are tried.
     smaller_crops: int | None
 
     def evaluated(self, candidate: Candidate) -> int:
@@ -105,14 +103,11 @@ class Budget:
         costs, largest = self.costs, self.sizes.larger or self.sizes.own
         cheap = sum(map(costs.features, {self.sizes.own, largest})) + costs.features(self.sizes.own)
         cheap += costs.features(largest, 1 + VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
-        crops = self.sizes.light_crops if self.sizes.larger else self.sizes.own
-        ways = {recipe: Candidate("", recipe, {}) for recipe in TRIAL_EPOCHS}
-        ways["light"].knobs["train_image_size"] = crops
         trials = {
-            recipe: self.training(way, self.trial_size(self.trial_epochs(recipe)))
-            for recipe, way in ways.items()
+            recipe: costs.training(recipe, self.trial_size(self.trial_epochs(recipe)))
+            for recipe in TRIAL_EPOCHS
         }
-        final = {recipe: self.training(way, self.epochs(recipe)) for recipe, way in ways.items()}
+        final = {recipe: costs.training(recipe, self.epochs(recipe)) for recipe in TRIAL_EPOCHS}
         light = cheap + trials["full"] / 2 + trials["light"]
         ends = {
             "a fitted output layer": light,

@@ -35,11 +35,9 @@ CROPS, GENTLE_CROPS = {"min_crop_area": 0.25, "flip": True}, {"min_crop_area": 0
 MIRRORED_ERRORS = 3
 # On as few folds as hold back so many photos, fine-tunings are tested, and mirror images.
 ENOUGH_HELD_BACK, ENOUGH_MIRRORED = 75, 200
-# Sizes that are tried beside the model's own, as multiples of it: a larger one to evaluate, crops for light
-# fine-tuning that is evaluated on it, and crops that take half the time if there is little. Things in crops
-# are larger than in the whole photo, so that larger photos in evaluation suit them (Touvron et al. 2019,
-# arXiv 1906.06423).
-LARGER, LIGHT_CROPS, SMALLER_CROPS = 8 / 7, 6 / 7, 5 / 7
+# Sizes that are tried beside the model's own, as multiples of it: a larger one to evaluate, and crops that
+# take half the time.
+LARGER, SMALLER_CROPS = 10 / 7, 5 / 7
 # Light fine-tuning is not tried if a full one has this share of the fitted heads' log-loss, or less.
 MUCH_BETTER = 0.5
 # A full fine-tuning is given up if its log-loss is over so many times that of the best head: halfway, if it
@@ -125,7 +123,6 @@ class Search:
         self.sizes = Sizes(
             own,
             larger=None if config.data.image_size else other_size(source, own, LARGER),
-            light_crops=other_size(source, own, LIGHT_CROPS) or own,
             smaller_crops=None if minutes is None else other_size(source, own, SMALLER_CROPS),
         )
         # A photo is read by each way to preprocess it, by each crop, and in every epoch.
@@ -307,7 +304,9 @@ class Search:
             geometry = start.tried.candidate.knobs
             light = {**geometry, **self.crop}
             if "image_size" in geometry:
-                light["train_image_size"] = self.sizes.light_crops
+                # On crops of the model's own size: things in crops are larger than in the whole photo, so
+                # that larger photos in evaluation suit them (Touvron et al. 2019, arXiv 1906.06423).
+                light["train_image_size"] = self.sizes.own
             name = f"light fine-tuning, {self.geometry_name(geometry)}"
             way, layers = Candidate(name, "light", light), start.layers
             smaller = self.sizes.smaller_crops
