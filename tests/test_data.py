@@ -1,4 +1,5 @@
 import shutil
+import time
 import types
 
 import datasets
@@ -229,16 +230,45 @@ def test_threads_change_nothing(dataset):
         assert (together["index"], together["labels"]) == (alone["index"], alone["labels"])
 
 
-def test_workers_change_nothing(dataset):
-    batches = []
-    for workers in (0, 2):
-        loader = loaders.train_loader(dataset, 3, num_workers=workers)
-        for epoch in (1, 2):
-            loader.batch_sampler.seek(epoch)
-            batches.append([batch["pixel_values"] for batch in loader])
-    for ours, theirs in zip(batches[:2], batches[2:], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert not torch.equal(batches[0][0], batches[1][0])
+@pytest.mark.parametrize(("workers", "last_epoch"), [(2, 0), (0, 3), (2, 3)])
+def test_workers_and_reading_ahead_change_nothing(dataset, workers, last_epoch):
+    batches = {}
+    for ahead in (False, True):
+        loader = loaders.train_loader(
+            dataset, 3, num_workers=ahead and workers, last_epoch=ahead and last_epoch
+        )
+        for place in [(1, 0), (2, 0), (2, 1), (1, 0), (3, 0), (4, 0)]:  # also back, and beyond the last
+            loader.batch_sampler.seek(*place)
+            batches[ahead, place] = [batch["pixel_values"] for batch in loader]
+            same = zip(batches[ahead, place], batches[False, place], strict=True)
+            assert all(torch.equal(ours, theirs) for ours, theirs in same)
+    assert not torch.equal(batches[True, (1, 0)][0], batches[True, (2, 0)][0])
+
+
+class ReadsLogged(torch.utils.data.Dataset):
+    """Its items are their keys, and a file has a line for each that was read, in whatever process."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __getitem__(self, key):
+        with self.file.open("a") as log:
+            log.write(f"{key}\n")
+        return key
+
+
+def test_loader_processes_begin_the_next_epoch_while_nobody_asks_for_it(tmp_path):
+    sampler = loaders.StepSampler(6, 3, seed=1, last_epoch=2)
+    loader = loaders.step_loader(ReadsLogged(tmp_path / "log"), sampler, 1, loaders.StepLoader)
+    sampler.seek(1)
+    assert len(list(loader)) == 2
+    deadline = time.monotonic() + 30
+    while "(2, " not in (tmp_path / "log").read_text():
+        assert time.monotonic() < deadline, "the second epoch was not begun"
+        time.sleep(0.01)
+    sampler.seek(2)
+    assert [epochs.tolist() for epochs, _ in loader] == [[2, 2, 2]] * 2
+    assert len((tmp_path / "log").read_text().splitlines()) == 12, "every photo is read once an epoch"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

@@ -115,11 +115,21 @@ class StepSampler(torch.utils.data.Sampler):
     The batches do not depend on the number of processes: batch b of epoch e is the b-th slice of `batch_size`
     photos of a permutation drawn from (seed, e); process r of w takes every w-th photo of it, from r on. If a
     short last batch leaves a process without a photo, it gets one padding photo, which the loss ignores.
+
+    Epochs up to `last_epoch` follow the one sought, so that loader processes can go on with them.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        last_epoch: int = 0,
+    ):
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.last_epoch = rank, world_size, last_epoch
         self.epoch = self.first_step = 0
 
     def seek(self, epoch: int, first_step: int = 0) -> None:
@@ -134,40 +144,79 @@ class StepSampler(torch.utils.data.Sampler):
         return math.ceil(self.size / self.batch_size)
 
     def step_sizes(self) -> list[int]:
-        """Return the number of photos of each remaining batch, over all processes."""
-        return [min(self.batch_size, self.size - start) for start in self._starts()]
+        """Return the number of photos of each remaining batch of the epoch, over all processes."""
+        return [min(self.batch_size, self.size - start) for start in self._starts(self.photos_skipped())]
 
-    def _starts(self) -> range:
-        return range(self.photos_skipped(), self.size, self.batch_size)
+    def _starts(self, skipped: int) -> range:
+        return range(skipped, self.size, self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        order = torch.randperm(self.size, generator=generator).tolist()
-        for start in self._starts():
-            share = order[start : start + self.batch_size][self.rank :: self.world_size]
-            yield [(self.epoch, index) for index in share or [PhotoDataset.PADDING]]
+        first, skipped = self.epoch, self.photos_skipped()  # `seek` is called while this runs ahead
+        for epoch in range(first, max(self.last_epoch, first) + 1):
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+            order = torch.randperm(self.size, generator=generator).tolist()
+            for start in self._starts(skipped if epoch == first else 0):
+                share = order[start : start + self.batch_size][self.rank :: self.world_size]
+                yield [(epoch, index) for index in share or [PhotoDataset.PADDING]]
+
+
+class StepLoader(torch.utils.data.DataLoader):
+    """Batches of one optimizer step each, those of the epoch and step that its `StepSampler` was sent to.
+
+    Loader processes do not wait for the next epoch to begin: they decode its first photos while the network
+    learns the last ones of this epoch, and is evaluated and saved.
+    """
+
+    # What is being read, and the (epoch, step) that comes next in it.
+    running: Iterator[dict] | None = None
+    place: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[dict]:
+        sampler = self.batch_sampler
+        epoch, first_step = sampler.epoch, sampler.first_step
+        if self.place != (epoch, first_step) or epoch > sampler.last_epoch:
+            self.running = super().__iter__()
+        for step in range(first_step, len(sampler)):
+            self.place = None  # in case of an error
+            batch = next(self.running)
+            self.place = (epoch, step + 1)
+            yield batch
+        self.place = (epoch + 1, 0)
 
 
 def train_loader(
-    dataset: PhotoDataset, batch_size: int, *, rank: int = 0, world_size: int = 1, num_workers: int = 0
-) -> torch.utils.data.DataLoader:
+    dataset: PhotoDataset,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    last_epoch: int = 0,
+) -> StepLoader:
     """Return batches of one optimizer step each: this process's share of `batch_size` photos, shuffled."""
-    sampler = StepSampler(len(dataset), batch_size, dataset.seed, rank, world_size)
-    return step_loader(dataset, sampler, num_workers)
+    sampler = StepSampler(len(dataset), batch_size, dataset.seed, rank, world_size, last_epoch)
+    return step_loader(dataset, sampler, num_workers, StepLoader)
 
 
 def step_loader(
-    dataset: torch.utils.data.Dataset, sampler: torch.utils.data.Sampler, num_workers: int
+    dataset: torch.utils.data.Dataset,
+    sampler: torch.utils.data.Sampler,
+    num_workers: int,
+    kind: type[torch.utils.data.DataLoader] = torch.utils.data.DataLoader,
 ) -> torch.utils.data.DataLoader:
     """Return the loader of a sampler that yields the keys of one optimizer step at a time."""
-    return _loader(dataset, num_workers, batch_sampler=sampler, persistent_workers=num_workers > 0)
+    return _loader(dataset, num_workers, kind, batch_sampler=sampler)
 
 
 def eval_loader(
-    dataset: PhotoDataset, batch_size: int, *, num_workers: int = 0
+    dataset: PhotoDataset, batch_size: int, *, num_workers: int = 0, keep_workers: bool = False
 ) -> torch.utils.data.DataLoader:
-    """Return batches in the order of the data set, for `accelerator.prepare`."""
-    return _loader(dataset, num_workers, batch_size=batch_size)
+    """Return batches in the order of the data set, for `accelerator.prepare`.
+
+    Loader processes end with a pass over the photos, or with the loader if they are kept for the next.
+    """
+    workers = min(num_workers, math.ceil(len(dataset) / batch_size))
+    return _loader(dataset, workers, keep_workers=keep_workers, batch_size=batch_size)
 
 
 def _ignore_signals(_worker: int) -> None:
@@ -208,12 +257,17 @@ def _end_workers() -> None:
 
 
 def _loader(
-    dataset: torch.utils.data.Dataset, num_workers: int, **batching: object
+    dataset: torch.utils.data.Dataset,
+    num_workers: int,
+    kind: type[torch.utils.data.DataLoader] = torch.utils.data.DataLoader,
+    keep_workers: bool = True,
+    **batching: object,
 ) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(
+    return kind(
         dataset,
         worker_init_fn=_ignore_signals,
         num_workers=num_workers,
+        persistent_workers=keep_workers and num_workers > 0,
         multiprocessing_context=_worker_context() if num_workers else None,
         pin_memory=torch.cuda.is_available() and not cpu_requested(),
         # Its own generator: seeding the workers must not advance the global one.

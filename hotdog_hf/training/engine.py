@@ -373,15 +373,17 @@ def _gather(
     title: str,
     stop: launch.StopSignal | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs, labels = [], []
+    copies = []
     for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=no_bar(accelerator)):
         output = forward(loader.dataset.network_input(batch["pixel_values"]))
         gathered = accelerator.gather_for_metrics((output, batch["labels"]))
-        outputs.append(gathered[0].cpu())
-        labels.append(gathered[1].cpu())
-        if stop and launch.stop_requested(accelerator, stop, len(labels)):
+        copies.append([HostCopy(part) for part in gathered])
+        if len(copies) > 1:
+            for copied in copies[-2]:  # one batch late, so that a GPU has work, but no more than two batches
+                copied.read()
+        if stop and launch.stop_requested(accelerator, stop, len(copies)):
             raise launch.StoppedError
-    outputs, labels = torch.cat(outputs), torch.cat(labels)
+    outputs, labels = (torch.cat([copied.read() for copied in part]) for part in zip(*copies, strict=True))
     expected = len(loader.dataset)
     assert len(labels) == expected, f"{len(labels)} outputs for {expected} photos"
     return outputs, labels

@@ -30,6 +30,9 @@ from hotdog_hf.training.state import Progress, TrainState
 if TYPE_CHECKING:
     from hotdog_hf.classification import ClassificationReport
 
+# Photos per forward pass of an evaluation, at most: small enough for all loader processes to have a share.
+EVAL_BATCH = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -285,7 +288,8 @@ def build_train_loader(
         train_set = DevicePhotoDataset(rows, transform, seed, photos.cache, *where)
     else:
         train_set = loaders.PhotoDataset(rows, transform, seed, photos.cache)
-    return loaders.train_loader(train_set, batch_size, num_workers=workers, **share)
+    last_epoch = config.optim.epochs
+    return loaders.train_loader(train_set, batch_size, num_workers=workers, last_epoch=last_epoch, **share)
 
 
 def build_eval_loaders(
@@ -295,14 +299,15 @@ def build_eval_loaders(
 
     "saved" is that of test for the saved model, which is evaluated in float32: features in less would not do.
     """
-    batch_size = micro_batch_size(config, accelerator)
+    batch_size = min(micro_batch_size(config, accelerator), EVAL_BATCH)
     transform, prepared = transforms.eval_transform(model.data_config), {}
+    keep = config.run.evaluate == "epoch"
     for split in [name for name in ("validation", "test") if name in photos.splits]:
         eval_set = model.split_features.get(split) if config.model.cache_features else None
         eval_set = eval_set or loaders.PhotoDataset(
             photos.splits[split], transform, config.run.seed, photos.cache
         )
-        loader = loaders.eval_loader(eval_set, batch_size, num_workers=workers)
+        loader = loaders.eval_loader(eval_set, batch_size, num_workers=workers, keep_workers=keep)
         prepared[split] = accelerator.prepare(loader)
     prepared["saved"] = prepared["test"]
     if config.model.cache_features and launch.precision_of(accelerator) != "no":
