@@ -23,6 +23,7 @@ Section = Literal[
     "frozen",
     "exact",
     "cache",
+    "simulated",
     "training",
     "processes",
     "accuracy",

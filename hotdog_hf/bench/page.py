@@ -17,6 +17,7 @@ TITLES = {
     "training": ("Training, whole epochs", "photos/s"),
     "accuracy": ("Seconds to the chapter's accuracy", "s"),
     "cache": ("Epochs after the first, photos decoded in each or once", "photos/s"),
+    "simulated": ("A simulated device and simulated cores: share of the time that they work", "share"),
     "frozen": ("An epoch after the first, with a frozen body", "s"),
     "prediction": ("Prediction on a folder", "photos/s"),
     "memory": ("Peak memory by size of the data set", "MiB"),
@@ -147,6 +148,8 @@ def targets(measured: Measured) -> list[Target]:
         ratio(f"training, whole job: {ours} / {plain}", "training", ours, plain, 1.3)
     ratio("training: ours / limit in memory", "training", "ours", LIMIT, 0.95)
     ratio("photos decoded once, epochs after the first: ours / limit", "cache", "decoded once", LIMIT, 0.9)
+    for name in measured.variants("simulated"):
+        found.append((f"simulated, {name}: share", measured.spread("simulated", name), 0.9, True))
     rounds = len(measured.rows("accuracy", "chapter"))
     for name in ("probe", "light"):
         if reached := measured.ratio("accuracy", "chapter", name):

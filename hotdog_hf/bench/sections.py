@@ -18,6 +18,10 @@ MEMORY_STEPS, MEMORY_BATCH = 3, 16
 PIPELINE_BATCHES = (1, 8, 32)
 OUR_PREDICT_BATCH = 32
 LIMIT = "limit: tensors in memory"
+# Milliseconds a photo of a device that learns and of a core that decodes, and cores: the device is slower,
+# the cores are, or both are as fast as an H200 with ResNet-18 and 15 cores.
+SIMULATIONS = ((1, 1, 4), (1, 8, 4), (0.085, 4, 15))
+SIMULATED_PHOTOS, SIMULATED_EPOCHS = 2000, 5
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,35 @@ def cache(setup: Setup) -> list[Variant]:
         (LIMIT, _limit(setup)),
     ]
     return [Variant("cache", name, measure) for name, measure in variants]
+
+
+def simulated(setup: Setup) -> list[Variant]:
+    """Share of their time that a simulated device or simulated cores work, in epochs after the first."""
+
+    def share(device_ms: float, decode_ms: float, cores: int) -> Callable[[Path, int], dict]:
+        def measure(folder: Path, seed: int) -> dict:
+            copies = max(SIMULATED_PHOTOS // setup.train, 1)
+            flags = setup.train_flags(folder / "run", "scratch", "--epochs", SIMULATED_EPOCHS, "--seed", seed)
+            photos = repeated_photos(setup, copies)
+            flags += ["--data-dir", str(photos), "--num-workers", str(cores), "--no-neighbors"]
+            words = setup.task(
+                "simulated", flags=flags, device_ms=device_ms, decode_ms=decode_ms, cores=cores
+            )
+            finished = run_process(words, folder, env=fresh_cache(setup.work / "cache" / folder.name))
+            result = task_result(finished)
+            value = result["least_seconds"] / result["epoch_seconds"]
+            return {"value": value, **result, "command": finished.command}
+
+        return measure
+
+    return [
+        Variant(
+            "simulated",
+            f"{device_ms:g} ms a photo, {cores} cores that take {decode_ms:g} ms",
+            share(device_ms, decode_ms, cores),
+        )
+        for device_ms, decode_ms, cores in SIMULATIONS
+    ]
 
 
 def accuracy(setup: Setup) -> list[Variant]:
@@ -385,5 +418,17 @@ def exact(setup: Setup) -> list[Variant]:
 
 SECTIONS: dict[str, Callable[[Setup], list[Variant]]] = {
     section.__name__: section
-    for section in (startup, prediction, profile, memory, frozen, exact, cache, training, processes, accuracy)
+    for section in (
+        startup,
+        prediction,
+        profile,
+        memory,
+        frozen,
+        exact,
+        cache,
+        simulated,
+        training,
+        processes,
+        accuracy,
+    )
 }

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the field's usual name)
 from accelerate import Accelerator
 
+from hotdog_hf.bench.simulation import replaced, simulated
 from hotdog_hf.config import RECIPES, DataConfig
 from hotdog_hf.data import loaders, transforms
 from hotdog_hf.data.images import IMAGE_SUFFIXES, Photo
@@ -308,9 +309,9 @@ def profile(*, data_dir: str, batch_size: int, num_workers: int | None, **networ
     job.net.register_forward_hook(lambda *_: watch.leave())
     job.optimizer.step = watch.timed("step", job.optimizer.step)
     with (
-        _replaced(accelerator, "backward", watch.timed("backward", accelerator.backward)),
-        _replaced(Photo, "decode", watch.timed("decode", Photo.decode)),
-        _replaced(transform, "pixels", watch.timed("augment", transform.pixels)),
+        replaced(accelerator, "backward", watch.timed("backward", accelerator.backward)),
+        replaced(Photo, "decode", watch.timed("decode", Photo.decode)),
+        replaced(transform, "pixels", watch.timed("augment", transform.pixels)),
     ):
         loader.batch_sampler.seek(2)
         watch.last = time.perf_counter()
@@ -327,16 +328,6 @@ def profile(*, data_dir: str, batch_size: int, num_workers: int | None, **networ
         "operators": _operators(profiler),
         "num_workers": workers,
     }
-
-
-@contextlib.contextmanager
-def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def _operators(profiler: torch.profiler.profile) -> list[dict]:
@@ -427,7 +418,7 @@ def _timm(model_dir: str, batch_size: int) -> Labels:
     return labels_of
 
 
-TASKS = {task.__name__: task for task in (prepare, limit, memory, profile, predict)}
+TASKS = {task.__name__: task for task in (prepare, limit, memory, profile, predict, simulated)}
 
 if __name__ == "__main__":
     with exit_on_user_error():
