@@ -327,6 +327,15 @@ def test_photos_that_no_fold_held_back_take_no_part_in_the_calibration(fit, monk
     assert np.array_equal(found.labels, labels[np.sort(np.concatenate(held_back))])
 
 
+def test_impossible_classes_make_no_denormal_numbers():
+    coordinates = np.ones((4, 1), np.float32)
+    rows = solver.Rows(coordinates, np.array([0, 0, 1, 1]), np.full(4, 0.25))
+    problem = solver.SoftmaxRegression(rows, 3, solver.ROUGH)
+    impossible = solver.Solution(np.array([[0.0, 0.0, -90.0]]), np.zeros(3), 1.0)  # e^-90 is denormal
+    _, gradient = problem.loss_and_gradient(impossible.to_vector(), 0.0)
+    assert problem.unpack(gradient).coefficients.tolist() == [[0, 0, 0]]
+
+
 def test_views_are_learned_from():
     features, labels = features_of(2)
     weight, bias = heads.fit_probe(np.zeros_like(features), labels, 0, [features])[0]
