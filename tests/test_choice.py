@@ -128,13 +128,14 @@ def test_crops_are_tried_with_the_best_head(
         return outputs(labels), regression.cross_validate(features, labels, *rest)[1]
 
     def try_larger_too(search):
-        search.sizes = search.budget.sizes = search.sizes._replace(larger=96)
+        search.budget.sizes = search.budget.sizes._replace(larger=96)
         try_heads(search)
 
     monkeypatch.setattr(Search, "try_heads", try_larger_too)
     monkeypatch.setattr(search, "cross_validate", cross_validate)
     monkeypatch.setattr(Search, "cross_validate_probe", lambda search, *_: outputs(search.labels))
-    [crops] = [row for row in decide_here(tiny_weights, photos_dir).record["tried"] if len(row["knobs"]) > 2]
+    tried = decide_here(tiny_weights, photos_dir).record["tried"]
+    [crops] = [row for row in tried if "probe_views" in row["knobs"]]
     assert crops["recipe"] == recipe and crops["knobs"]["probe_views"] == 1
     assert geometry.items() <= crops["knobs"].items()
 
@@ -226,6 +227,7 @@ def test_a_fine_tuning_is_chosen_only_if_it_is_clearly_better():
     head = add("head", np.repeat([0.2, 0.4], 4))
     assert board.best() == (head, "its log-loss, 0.300, is the lowest of the fitted heads")
     add("chance", np.array([0.01, 0.5, 0.01, 0.25]), rows)
+    add("chance on all", np.array([0.01, 0.5, 0.01, 0.25, 0.3, 0.5, 0.2, 0.4]), np.arange(8))
     assert board.best()[0] is head and board.best()[1].endswith("by more than a standard error")
     add("given up", np.full(4, 0.05), rows, True)
     clear = add("clear", np.full(4, 0.1) + 0.01 * rows, rows)
@@ -235,11 +237,17 @@ def test_a_fine_tuning_is_chosen_only_if_it_is_clearly_better():
     )
     # The second half, on which the head is worse, is not held against it.
     assert board.score(clear) == pytest.approx(0.3 * 0.115 / 0.2)
-    assert [row["name"] for row in board.rows()] == ["given up", "clear", "chance", "head"]
+    assert [row["name"] for row in board.rows()] == ["given up", "clear", "chance on all", "chance", "head"]
     lines = [board.describe(each) for each in board.tried]
     assert lines[0].split() == ["0.300", "±", "0.038", "1.000", "±", "0.000", "8", "head"]
     place = HEADER.index("tried on parts of train")
-    assert [line[place:] for line in lines] == ["head", "chance", "given up (given up)", "clear"]
+    assert [line[place:] for line in lines] == [
+        "head",
+        "chance",
+        "chance on all",
+        "given up (given up)",
+        "clear",
+    ]
 
 
 def test_a_fine_tuning_that_is_too_certain_is_compared_as_it_is_calibrated():

@@ -89,6 +89,8 @@ class Budget:
     sizes: Sizes
     # The photos that each trial of a fine-tuning learns, one trial per fold.
     trial_photos: list[int]
+    # The share of train whose mirror images are tested.
+    mirrored: float
     # Whether features of train are kept with the network.
     neighbors: bool
     # The limit of the whole run, None: there is none, and what is left of it in seconds, the same on every
@@ -102,7 +104,7 @@ class Budget:
             return f"the whole run may take {self.minutes:g} minutes; trying what fits"
         costs, largest = self.costs, self.sizes.larger or self.sizes.own
         cheap = sum(map(costs.features, {self.sizes.own, largest})) + costs.features(self.sizes.own)
-        cheap += costs.features(largest, 1 + VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
+        cheap += costs.features(largest, self.mirrored + VIEWS) + FIXED_SECONDS + costs.evaluation(largest)
         trials = {
             recipe: costs.training(recipe, self.trial_size(self.trial_epochs(recipe)))
             for recipe in TRIAL_EPOCHS
@@ -150,15 +152,12 @@ class Budget:
         """Return the fewest epochs on a part of train that tell something of a fine-tuning."""
         return math.ceil(TRIAL_SHARE * self.trial_epochs(recipe))
 
-    def has_time(self, seconds: float, head: Candidate, passes_left: int = 0) -> bool:
-        """Whether there is time to try a head, and then for a fine-tuning if there is now, or to train it.
-
-        `passes_left` are those through train that come before the fine-tuning.
-        """
+    def has_time(self, seconds: float, head: Candidate) -> bool:
+        """Whether there is time to try a head, and then for a fine-tuning if there is now, or to train it."""
         left, final = self.left(), self.finish(head)
         epochs = self.trial_size(self.fewest_trial_epochs("light")) + self.fewest_epochs("light")
         light = Candidate("", "light", {"train_image_size": self.sizes.smaller_crops or self.sizes.own})
-        shortest = final + self.training(light, epochs) + self.costs.features(self.sizes.own, passes_left)
+        shortest = final + self.training(light, epochs)
         return seconds <= left - (shortest if left > shortest else final)
 
     def epochs_in_time(self, way: Candidate) -> float:

@@ -120,7 +120,7 @@ class Search:
         network.require_linear_head(source)
         data_config = source_data_config(source, "model", config.data.image_size)
         own = data_config["input_size"][-1]
-        self.sizes = Sizes(
+        sizes = Sizes(
             own,
             larger=None if config.data.image_size else other_size(source, own, LARGER),
             smaller_crops=None if minutes is None else other_size(source, own, SMALLER_CROPS),
@@ -133,12 +133,14 @@ class Search:
         speeds = launch.run_on_main(accelerator, lambda: speeds)
         others = sum(len(rows) for name, rows in photos.splits.items() if name != "train")
         train_seconds = {recipe: share * speeds[0] for recipe, share in TRAIN_SHARES.items()}
-        self.costs = Costs(own, len(self.labels), others, train_seconds, speeds[1])
+        costs = Costs(own, len(self.labels), others, train_seconds, speeds[1])
         self.folds = launch.run_on_main(accelerator, self._folds)
         # The folds that fine-tunings are tested on.
         self.trial_folds = self.first_folds(ENOUGH_HELD_BACK)
         learned = [len(learned) for learned, _ in self.trial_folds]
-        self.budget = Budget(self.costs, self.sizes, learned, config.run.neighbors, minutes, self.left)
+        self.mirrored_folds = self.first_folds(ENOUGH_MIRRORED)
+        mirrored = sum(len(held_back) for _, held_back in self.mirrored_folds) / len(self.labels)
+        self.budget = Budget(costs, sizes, learned, mirrored, config.run.neighbors, minutes, self.left)
 
     def _folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
         train = self.photos.splits["train"]
@@ -176,20 +178,21 @@ class Search:
     def try_heads(self) -> None:
         """Try heads fitted to cached features, in up to three geometries, by cross-validation."""
         geometries = [{"preprocessing": "model"}, {"preprocessing": "chapter"}]
-        if self.sizes.larger:
-            geometries.append({"preprocessing": "model", "image_size": self.sizes.larger})
+        if self.budget.sizes.larger:
+            geometries.append({"preprocessing": "model", "image_size": self.budget.sizes.larger})
         for knobs in geometries:
             candidate = Candidate(f"source-probe, {self.geometry_name(knobs)}", "source-probe", knobs)
-            pass_seconds = self.costs.features(self.sizes.evaluated(candidate))
-            if self.board.tried and not self.budget.has_time(pass_seconds, candidate, passes_left=1):
+            pass_seconds = self.budget.costs.features(self.budget.sizes.evaluated(candidate))
+            mirrored = self.budget.costs.features(self.budget.sizes.own, self.budget.mirrored)
+            if self.board.tried and not self.budget.has_time(pass_seconds + mirrored, candidate):
                 continue
             extractor, prior_of = self.extractor_of(knobs)
             begun = time.perf_counter()
             features = extractor.split("train", self.config.run.seed).features.numpy()
-            seconds = (time.perf_counter() - begun) / pass_seconds * self.costs.eval_seconds
+            seconds = (time.perf_counter() - begun) / pass_seconds * self.budget.costs.eval_seconds
             seconds = launch.run_on_main(self.accelerator, functools.partial(float, seconds))
-            if seconds > self.costs.eval_seconds / 2:  # else they came from the cache
-                self.costs.correct(seconds)
+            if seconds > self.budget.costs.eval_seconds / 2:  # else they came from the cache
+                self.budget.costs.correct(seconds)
             fit = functools.partial(
                 cross_validate, features, self.labels, prior_of, self.folds, (), self.weights
             )
@@ -208,14 +211,14 @@ class Search:
         geometries = [
             each
             for each in self.geometries
-            if not own_size or self.sizes.evaluated(each.tried.candidate) == self.sizes.own
+            if not own_size or self.budget.sizes.evaluated(each.tried.candidate) == self.budget.sizes.own
         ]
         return min(geometries, key=lambda each: each.tried.losses.mean())
 
     def geometry_name(self, knobs: dict) -> str:
         """Return a geometry in words."""
         kept = "aspect kept" if knobs["preprocessing"] == "model" else "squashed"
-        return f"{kept}, {knobs.get('image_size', self.sizes.own)} pixels"
+        return f"{kept}, {knobs.get('image_size', self.budget.sizes.own)} pixels"
 
     def extractor_of(self, knobs: dict) -> tuple[FeatureExtractor, Callable]:
         """Return what computes features in a geometry, and the prior of the source's classes."""
@@ -241,10 +244,10 @@ class Search:
 
     def test_mirrored(self) -> None:
         """Crop gently, without flips, if heads do clearly worse on the mirror images of held-back photos."""
-        best, folds = self.best_geometry(), self.first_folds(ENOUGH_MIRRORED)
+        best, folds = self.best_geometry(), self.mirrored_folds
         rows = np.concatenate([held_back for _, held_back in folds])
-        head, share = best.tried.candidate, len(rows) / len(self.labels)
-        seconds = self.costs.features(self.sizes.evaluated(head), share)
+        head = best.tried.candidate
+        seconds = self.budget.costs.features(self.budget.sizes.evaluated(head), self.budget.mirrored)
         if seconds > self.left() - self.budget.finish(head):
             return
         extractor = dataclasses.replace(self.extractor, photos=self.part(train=rows))
@@ -275,8 +278,8 @@ class Search:
         crops = {**self.crop, "augmentation": "crop", "cache_features": False, "probe_views": VIEWS}
         name = f"{best.name}, crops from {area:.0%}, {'flips' if flip else 'no flips'}"
         candidate = Candidate(name, best.recipe, best.knobs | crops)
-        seconds = self.costs.features(self.sizes.evaluated(candidate), VIEWS)
-        if not self.budget.has_time(seconds, candidate, passes_left=int(self.mirrored is None)):
+        seconds = self.budget.costs.features(self.budget.sizes.evaluated(candidate), VIEWS)
+        if not self.budget.has_time(seconds, candidate):
             return
         [geometry] = (each for each in self.geometries if each.tried.candidate.knobs == best.knobs)
         extractor = self.extractor
@@ -306,10 +309,10 @@ class Search:
             if "image_size" in geometry:
                 # On crops of the model's own size: things in crops are larger than in the whole photo, so
                 # that larger photos in evaluation suit them (Touvron et al. 2019, arXiv 1906.06423).
-                light["train_image_size"] = self.sizes.own
+                light["train_image_size"] = self.budget.sizes.own
             name = f"light fine-tuning, {self.geometry_name(geometry)}"
             way, layers = Candidate(name, "light", light), start.layers
-            smaller = self.sizes.smaller_crops
+            smaller = self.budget.sizes.smaller_crops
             if smaller and not self.budget.trial_epochs_in_time(way):
                 geometry, layers = own_start.tried.candidate.knobs, own_start.layers
                 light = {**geometry, **self.crop, "train_image_size": smaller}
@@ -367,9 +370,9 @@ class Search:
                     raise launch.StoppedError
             job.state.totals.zero_()
             if epoch == 1:
-                seconds = (time.perf_counter() - begun) / len(learned) / self.sizes.share(way)
+                seconds = (time.perf_counter() - begun) / len(learned) / self.budget.sizes.share(way)
                 seconds = functools.partial(float, seconds)
-                self.costs.train_seconds[way.recipe] = launch.run_on_main(self.accelerator, seconds)
+                self.budget.costs.train_seconds[way.recipe] = launch.run_on_main(self.accelerator, seconds)
                 if self.budget.epochs_in_time(way) < epochs - 1:
                     break
             if epoch == epochs or (epoch == epochs // 2 and telling):
