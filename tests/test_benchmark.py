@@ -26,6 +26,7 @@ from hotdog_hf.bench.processes import MeasurementError, run_process
 from hotdog_hf.bench.runner import Results, measure, plan
 from hotdog_hf.bench.sections import SECTIONS, Variant, prediction, processes, training
 from hotdog_hf.bench.setup import Setup, enlarge_photos, link_photos
+from hotdog_hf.bench.simulation import Device, simulated
 from hotdog_hf.bench.tasks import Stopwatch, limit, memory, peak_memory, predict, profile
 from hotdog_hf.data import loaders, transforms
 from hotdog_hf.data.splits import load_photos
@@ -33,6 +34,7 @@ from hotdog_hf.model import saved
 from hotdog_hf.model.network import data_config_of, replace_head
 from hotdog_hf.model.predictor import load_predictor, predict_paths
 from hotdog_hf.model.source import load_source, source_data_config
+from hotdog_hf.training import engine
 
 CLASSES = ["hotdog", "not-hotdog"]
 
@@ -102,6 +104,37 @@ def test_a_stopwatch_gives_each_moment_to_the_innermost_name(monkeypatch):
     with watch("evaluation"), watch("decode"):  # from 20 to 36, with all that is in it
         pass
     assert watch.seconds == {"other": 1 + 10, "waiting": 2 + 4, "decode": 3, "evaluation": 16}
+
+
+def test_a_simulated_device_works_through_its_queue_while_the_loop_goes_on():
+    device, started = Device(0.01), time.perf_counter()
+    device.queue(20, training=True)
+    device.queue(30, training=False)
+    queued = time.perf_counter()
+    copied = device.copy(torch.ones(2))
+    assert copied.read().tolist() == [1, 1]
+    assert queued - started < 0.05 and 0.3 <= time.perf_counter() - started < 0.6
+    assert device.seconds == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("device_ms", "decode_ms"), [(40, 1), (1, 40)])
+def test_a_simulated_training_waits_for_the_slower_of_device_and_cores(
+    tmp_path, photos_dir, device_ms, decode_ms
+):
+    flags = ["--recipe", "scratch", "--data-dir", photos_dir, "--model", TINY_MODEL, "--weights", "none"]
+    flags += ["--batch-size", 8, "--epochs", 3, "--num-workers", 2, "--no-neighbors", "--output-dir"]
+    times = {"device_ms": device_ms, "decode_ms": decode_ms}
+    copies = engine.HostCopy
+    found = simulated(flags=[*map(str, flags), str(tmp_path / "run")], cores=2, num_threads=1, **times)
+    assert engine.HostCopy is copies
+    # Two epochs of 25 photos and 11 of test, and the evaluation of the saved model is not counted.
+    assert found["device_seconds"] == pytest.approx(2 * (25 + 11 / 3) * device_ms / 1000)
+    # Some of the second epoch's photos were decoded in the first.
+    assert (25 + 2 * 11) <= found["core_seconds"] * 1000 / decode_ms * 2 <= 2 * (25 + 11)
+    slower = max(found["device_seconds"], found["core_seconds"])
+    assert slower <= found["seconds"] < slower + 5
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows[:3]] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("how", ["ours", "timm", "transformers"])
@@ -236,7 +269,7 @@ def test_every_target_speaks_of_something_that_is_measured(photos_dir, tiny_weig
             {"section": name, "variant": variant.name, "round": 0} | numbers for variant in section(setup)
         ]
     measured = Measured(rows)
-    assert len(targets(measured)) == 13
+    assert len(targets(measured)) == 16
     assert all(baseline_of(measured, name) in [None, *measured.variants(name)] for name in SECTIONS)
 
 

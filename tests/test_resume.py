@@ -348,6 +348,16 @@ def dataset(photos_dir):
     return loaders.PhotoDataset(load_photos(photos_dir)["train"], transforms.train_transform(config), seed=1)
 
 
+def test_an_evaluation_keeps_no_memory_of_loader_processes(dataset):
+    """Each piece of it is an open file, of which a process may have 1,024."""
+    files, accelerator = [], Accelerator(cpu=True)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+    net.register_forward_hook(lambda *_: files.append(psutil.Process().num_fds()))
+    loader = accelerator.prepare(loaders.eval_loader(dataset, 1, num_workers=1))
+    assert len(engine.predict(accelerator, net, loader)[1]) == len(files) == 25
+    assert max(files) - files[5] < 10
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
 def test_the_rest_of_an_epoch_has_the_same_photos_and_pixels(dataset, workers, rank, world_size):

@@ -49,16 +49,24 @@ class DeviceCopy(engine.HostCopy):
 
 
 class Cores:
-    """Cores that take their time to decode a photo, and return a blank one of a size [3, H, W]."""
+    """Cores that take their time to decode a photo, and return a blank one."""
 
-    def __init__(self, number: int, seconds_a_photo: float, size: tuple[int, ...]):
-        self.free, self.seconds_a_photo = multiprocessing.BoundedSemaphore(number), seconds_a_photo
-        self.blank = torch.zeros(size, dtype=torch.uint8)
+    def __init__(self, number: int, seconds_a_photo: float):
+        self.number, self.seconds_a_photo = number, seconds_a_photo
+        self.free, self.decoded = multiprocessing.BoundedSemaphore(number), multiprocessing.Value("q")
+        self.blank = torch.empty(0)
+
+    @property
+    def seconds(self) -> float:
+        """How long they have worked, if the photos were shared evenly."""
+        return self.decoded.value * self.seconds_a_photo / self.number
 
     def decode(self, _epoch: int, _index: int) -> torch.Tensor:
         """Return a photo as `PhotoDataset.pixel_values` does."""
         with self.free:
             time.sleep(self.seconds_a_photo)
+        with self.decoded:
+            self.decoded.value += 1
         return self.blank
 
 
@@ -71,6 +79,7 @@ def simulate(job: Job, device: Device, cores: Cores) -> Job:
         return head(torch.zeros(len(photos), head.in_features))
 
     net.forward = forward
+    cores.blank = torch.zeros(job.data_config["input_size"], dtype=torch.uint8)
     for loader in [job.train_loader, *job.eval_loaders.values()]:
         loader.dataset.pixel_values = cores.decode
         loader.dataset.network_input = _unchanged  # a GPU would normalise it
@@ -84,36 +93,28 @@ def _unchanged(pixel_values: torch.Tensor) -> torch.Tensor:
 def simulated(*, flags: list[str], device_ms: float, decode_ms: float, cores: int, num_threads: int) -> dict:
     """Train with the flags of scripts/train.py, with so many milliseconds a photo on the device and a core.
 
-    Returns the seconds of the epochs after the first, each with its evaluation and what is saved, and
-    `least_seconds`: those of the device, or of the cores, whichever needs longer.
+    Returns the seconds of all epochs after the first, with evaluations and what is saved, and those that the
+    device and the cores worked meanwhile.
     """
-    config, device, ends = parse_train_config(flags), Device(device_ms / 1000), []
+    config, ends = parse_train_config(flags), []
+    device, decoding = Device(device_ms / 1000), Cores(cores, decode_ms / 1000)
     build, end_epoch = loop.build, loop.end_epoch
 
-    def build_simulated(*arguments: object) -> Job:
-        job = build(*arguments)
-        return simulate(job, device, Cores(cores, decode_ms / 1000, job.data_config["input_size"]))
-
-    def end_timed(job: Job, *arguments: object) -> loop.Evaluation | None:
-        evaluation = end_epoch(job, *arguments)
-        photos = len(job.train_loader.dataset) + len(job.eval_loaders[job.eval_split].dataset)
-        ends.append((time.perf_counter(), device.seconds, photos))
+    def end_timed(*arguments: object) -> loop.Evaluation | None:
+        evaluation = end_epoch(*arguments)
+        ends.append((time.perf_counter(), device.seconds, decoding.seconds))
         return evaluation
 
     accelerator = launch.build_accelerator("no", num_threads=num_threads)
     with (
-        replaced(loop, "build", build_simulated),
+        replaced(loop, "build", lambda *arguments: simulate(build(*arguments), device, decoding)),
         replaced(loop, "end_epoch", end_timed),
         replaced(engine, "HostCopy", device.copy),
     ):
         loop.train(config, accelerator, launch.StopSignal())
-    (started, worked, photos), (ended, all_worked, _), epochs = ends[0], ends[-1], len(ends) - 1
-    of_cores = photos * decode_ms / 1000 / cores
-    return {
-        "photos": photos,
-        "epoch_seconds": (ended - started) / epochs,
-        "least_seconds": max((all_worked - worked) / epochs, of_cores),
-    }
+    first, last = ends[0], ends[-1]
+    names = ("seconds", "device_seconds", "core_seconds")
+    return {name: after - before for name, before, after in zip(names, first, last, strict=True)}
 
 
 @contextlib.contextmanager

@@ -152,12 +152,15 @@ class Budget:
         """Return the fewest epochs on a part of train that tell something of a fine-tuning."""
         return math.ceil(TRIAL_SHARE * self.trial_epochs(recipe))
 
-    def has_time(self, seconds: float, head: Candidate) -> bool:
-        """Whether there is time to try a head, and then for a fine-tuning if there is now, or to train it."""
+    def has_time(self, seconds: float, head: Candidate, before: float = 0.0) -> bool:
+        """Whether there is time to try a head, and then for a fine-tuning if there is now, or to train it.
+
+        `before` are seconds of what is tried between the two.
+        """
         left, final = self.left(), self.finish(head)
         epochs = self.trial_size(self.fewest_trial_epochs("light")) + self.fewest_epochs("light")
         light = Candidate("", "light", {"train_image_size": self.sizes.smaller_crops or self.sizes.own})
-        shortest = final + self.training(light, epochs)
+        shortest = final + self.training(light, epochs) + before
         return seconds <= left - (shortest if left > shortest else final)
 
     def epochs_in_time(self, way: Candidate) -> float:

@@ -373,17 +373,23 @@ def _gather(
     title: str,
     stop: launch.StopSignal | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    copies = []
+    pending, outputs, labels = [], [], []
+
+    def read() -> None:
+        for copied, kept in zip(pending, (outputs, labels), strict=True):
+            kept.append(copied.read().cpu().clone())  # not a loader process's memory, which holds a file open
+
     for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=no_bar(accelerator)):
         output = forward(loader.dataset.network_input(batch["pixel_values"]))
         gathered = accelerator.gather_for_metrics((output, batch["labels"]))
-        copies.append([HostCopy(part) for part in gathered])
-        if len(copies) > 1:
-            for copied in copies[-2]:  # one batch late, so that a GPU has work, but no more than two batches
-                copied.read()
-        if stop and launch.stop_requested(accelerator, stop, len(copies)):
+        copies = [HostCopy(part) for part in gathered]
+        if pending:
+            read()  # those of the batch before, so that a GPU has work meanwhile
+        pending = copies
+        if stop and launch.stop_requested(accelerator, stop, len(outputs)):
             raise launch.StoppedError
-    outputs, labels = (torch.cat([copied.read() for copied in part]) for part in zip(*copies, strict=True))
+    read()
+    outputs, labels = torch.cat(outputs), torch.cat(labels)
     expected = len(loader.dataset)
     assert len(labels) == expected, f"{len(labels)} outputs for {expected} photos"
     return outputs, labels

@@ -299,21 +299,24 @@ def build_eval_loaders(
 
     "saved" is that of test for the saved model, which is evaluated in float32: features in less would not do.
     """
-    batch_size = min(micro_batch_size(config, accelerator), EVAL_BATCH)
+    batch_size = micro_batch_size(config, accelerator)
+
+    def prepared_loader(eval_set: loaders.PhotoDataset) -> DataLoader:
+        most = batch_size if isinstance(eval_set, loaders.FeatureDataset) else EVAL_BATCH
+        keep = {"num_workers": workers, "keep_workers": config.run.evaluate == "epoch"}
+        return accelerator.prepare(loaders.eval_loader(eval_set, min(batch_size, most), **keep))
+
     transform, prepared = transforms.eval_transform(model.data_config), {}
-    keep = config.run.evaluate == "epoch"
     for split in [name for name in ("validation", "test") if name in photos.splits]:
         eval_set = model.split_features.get(split) if config.model.cache_features else None
         eval_set = eval_set or loaders.PhotoDataset(
             photos.splits[split], transform, config.run.seed, photos.cache
         )
-        loader = loaders.eval_loader(eval_set, batch_size, num_workers=workers, keep_workers=keep)
-        prepared[split] = accelerator.prepare(loader)
+        prepared[split] = prepared_loader(eval_set)
     prepared["saved"] = prepared["test"]
     if config.model.cache_features and launch.precision_of(accelerator) != "no":
         test_photos = loaders.PhotoDataset(photos.splits["test"], transform, config.run.seed, photos.cache)
-        test_loader = loaders.eval_loader(test_photos, batch_size, num_workers=workers)
-        prepared["saved"] = accelerator.prepare(test_loader)
+        prepared["saved"] = prepared_loader(test_photos)
     return prepared
 
 

@@ -42,9 +42,6 @@ from hotdog_hf.training.run_dir import (
 )
 from hotdog_hf.training.state import Progress
 
-# Seconds between two drawings of the curves, each of which takes a sixth of a second.
-CURVES_EVERY = 10
-
 
 def train(config: TrainConfig, accelerator: Accelerator, stop: launch.StopSignal) -> Path | None:
     """Load photos and model, train, evaluate, save; return the run's folder, or None if it was stopped."""
@@ -218,21 +215,17 @@ def end_epoch(job: Job, run_dir: Path, epoch: int, stop: launch.StopSignal) -> E
         if accelerator.is_main_process:
             with files.writing_to(run_dir):
                 records.write_metrics(run_dir, state.progress.rows)
-                draw_figures(job, run_dir, last)
+                draw_figures(job, run_dir)
                 if keeps:
                     saved.save_model(job.meta_model, run_dir / "model", job.license, weights)
         save_checkpoint(job, run_dir)
     return evaluation
 
 
-def draw_figures(job: Job, run_dir: Path, last: bool) -> None:
-    """Draw the curves, and once the samples: after an epoch, as importing matplotlib takes seconds.
-
-    The curves are drawn at most every 10 seconds, and after the last epoch.
-    """
-    curves, samples = run_dir / "curves.png", run_dir / "samples.png"
-    if last or not curves.exists() or time.time() - curves.stat().st_mtime > CURVES_EVERY:
-        plots.plot_curves(job.state.progress.rows, job.eval_split, curves)
+def draw_figures(job: Job, run_dir: Path) -> None:
+    """Draw the curves, and once the samples: after an epoch, as importing matplotlib takes seconds."""
+    plots.plot_curves(job.state.progress.rows, job.eval_split, run_dir / "curves.png")
+    samples = run_dir / "samples.png"
     if not samples.exists():
         shown = job.photos.splits["test" if job.config.data.streaming else "train"]
         plots.plot_samples(*sample_photos(shown, job.positive_label), samples)

@@ -184,7 +184,7 @@ class Search:
             candidate = Candidate(f"source-probe, {self.geometry_name(knobs)}", "source-probe", knobs)
             pass_seconds = self.budget.costs.features(self.budget.sizes.evaluated(candidate))
             mirrored = self.budget.costs.features(self.budget.sizes.own, self.budget.mirrored)
-            if self.board.tried and not self.budget.has_time(pass_seconds + mirrored, candidate):
+            if self.board.tried and not self.budget.has_time(pass_seconds, candidate, mirrored):
                 continue
             extractor, prior_of = self.extractor_of(knobs)
             begun = time.perf_counter()
