@@ -17,7 +17,7 @@ TITLES = {
     "training": ("Training, whole epochs", "photos/s"),
     "accuracy": ("Seconds to the chapter's accuracy", "s"),
     "cache": ("Epochs after the first, photos decoded in each or once", "photos/s"),
-    "simulated": ("A simulated device and simulated cores: share of the time that they work", "share"),
+    "simulated": ("Training on a simulated device", "share of the time that it works"),
     "frozen": ("An epoch after the first, with a frozen body", "s"),
     "prediction": ("Prediction on a folder", "photos/s"),
     "memory": ("Peak memory by size of the data set", "MiB"),

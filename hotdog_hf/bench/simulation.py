@@ -19,7 +19,7 @@ EVALUATION_SHARE = 1 / 3
 
 
 class Device:
-    """A device that works through a queue of passes while the loop goes on, as a GPU does."""
+    """A device that works through a queue of passes while the loop continues, as a GPU does."""
 
     def __init__(self, seconds_a_photo: float):
         self.seconds_a_photo, self.seconds, self.free_at = seconds_a_photo, 0.0, 0.0

@@ -116,7 +116,7 @@ class StepSampler(torch.utils.data.Sampler):
     photos of a permutation drawn from (seed, e); process r of w takes every w-th photo of it, from r on. If a
     short last batch leaves a process without a photo, it gets one padding photo, which the loss ignores.
 
-    Epochs up to `last_epoch` follow the one sought, so that loader processes can go on with them.
+    Those of the following epochs, up to `last_epoch`, come next, so that loader processes can begin them.
     """
 
     def __init__(
