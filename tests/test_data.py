@@ -271,6 +271,22 @@ def test_loader_processes_begin_the_next_epoch_while_nobody_asks_for_it(tmp_path
     assert len((tmp_path / "log").read_text().splitlines()) == 12, "every photo is read once an epoch"
 
 
+@pytest.mark.parametrize(("most", "reads"), [(7 * 3 * 32 * 32, 1), (7 * 3 * 32 * 32 - 1, 3)])
+def test_photos_for_evaluation_are_read_once_if_they_fit(dataset, monkeypatch, most, reads):
+    read, pixel_values = [], dataset.pixel_values
+    dataset.pixel_values = lambda epoch, index: read.append(index) or pixel_values(epoch, index)
+    monkeypatch.setattr(loaders, "MOST_KEPT", most)
+    loader = loaders.KeptLoader(Accelerator(cpu=True).prepare(loaders.eval_loader(dataset, 4)))
+    next(iter(loader))  # ended early, as by a stop signal: nothing is kept
+    read.clear()
+    passes = [list(loader) for _ in range(3)]
+    assert sorted(read) == sorted(list(range(7)) * reads) and len(loader) == 2
+    for batches in passes:
+        for ours, theirs in zip(batches, passes[0], strict=True):
+            assert ours.keys() == {"pixel_values", "labels", "index"}
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 4), (9, 4), (7, 7), (5, 8)])
 def test_processes_share_out_the_batches_of_one(size, batch_size, world_size):

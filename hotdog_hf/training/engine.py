@@ -381,15 +381,15 @@ def _gather(
 
     for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=no_bar(accelerator)):
         output = forward(loader.dataset.network_input(batch["pixel_values"]))
-        gathered = accelerator.gather_for_metrics((output, batch["labels"]))
-        copies = [HostCopy(part) for part in gathered]
+        copies = [HostCopy(part) for part in accelerator.gather((output, batch["labels"]))]
         if pending:
             read()  # those of the batch before, so that a GPU has work meanwhile
         pending = copies
         if stop and launch.stop_requested(accelerator, stop, len(outputs)):
             raise launch.StoppedError
     read()
-    outputs, labels = torch.cat(outputs), torch.cat(labels)
     expected = len(loader.dataset)
+    # Several processes fill their last batches with photos from the beginning.
+    outputs, labels = torch.cat(outputs)[:expected], torch.cat(labels)[:expected]
     assert len(labels) == expected, f"{len(labels)} outputs for {expected} photos"
     return outputs, labels

@@ -57,7 +57,7 @@ class Job:
     eval_modules: Sequence[torch.nn.Module]
     # A batch of `train_loader` is one optimizer step; a batch of `eval_loaders` is one forward pass.
     train_loader: DataLoader
-    eval_loaders: dict[str, DataLoader]
+    eval_loaders: dict[str, loaders.KeptLoader]
     # Predictions of a fitted head that is not trained further, see `BuiltModel`.
     held_out: calibration.HeldOut | None
     # What training changes. A fitted head starts at epoch 0, with its loss and accuracy on train.
@@ -294,17 +294,17 @@ def build_train_loader(
 
 def build_eval_loaders(
     config: TrainConfig, accelerator: Accelerator, photos: Photos, model: BuiltModel, workers: int
-) -> dict[str, DataLoader]:
+) -> dict[str, loaders.KeptLoader]:
     """Return the loaders of test, and of validation if there is such a split.
 
     "saved" is that of test for the saved model, which is evaluated in float32: features in less would not do.
     """
     batch_size = micro_batch_size(config, accelerator)
 
-    def prepared_loader(eval_set: loaders.PhotoDataset) -> DataLoader:
+    def prepared_loader(eval_set: loaders.PhotoDataset) -> loaders.KeptLoader:
         most = batch_size if isinstance(eval_set, loaders.FeatureDataset) else EVAL_BATCH
-        keep = {"num_workers": workers, "keep_workers": config.run.evaluate == "epoch"}
-        return accelerator.prepare(loaders.eval_loader(eval_set, min(batch_size, most), **keep))
+        loader = loaders.eval_loader(eval_set, min(batch_size, most), num_workers=workers)
+        return loaders.KeptLoader(accelerator.prepare(loader))
 
     transform, prepared = transforms.eval_transform(model.data_config), {}
     for split in [name for name in ("validation", "test") if name in photos.splits]:
