@@ -271,7 +271,7 @@ def test_loader_processes_begin_the_next_epoch_while_nobody_asks_for_it(tmp_path
     assert len((tmp_path / "log").read_text().splitlines()) == 12, "every photo is read once an epoch"
 
 
-@pytest.mark.parametrize(("most", "reads"), [(7 * 3 * 32 * 32, 1), (7 * 3 * 32 * 32 - 1, 3)])
+@pytest.mark.parametrize(("most", "reads"), [(8 * 3 * 32 * 32, 1), (8 * 3 * 32 * 32 - 1, 3)])
 def test_photos_for_evaluation_are_read_once_if_they_fit(dataset, monkeypatch, most, reads):
     read, pixel_values = [], dataset.pixel_values
     dataset.pixel_values = lambda epoch, index: read.append(index) or pixel_values(epoch, index)

@@ -221,7 +221,7 @@ def eval_loader(
 class KeptLoader:
     """The batches of a prepared `eval_loader`, kept in main memory: in evaluation they are always the same.
 
-    From the second pass on no photo is read, if they have at most `MOST_KEPT` bytes.
+    From the second pass on no photo is read, if the pixels of all have at most `MOST_KEPT` bytes.
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader):
@@ -237,17 +237,15 @@ class KeptLoader:
             for batch in self.kept:
                 yield {name: part.to(self.device, non_blocking=True) for name, part in batch.items()}
             return
-        kept, size = [], 0
-        for batch in self.loader:
-            size += batch["pixel_values"].nbytes
-            if size > MOST_KEPT:
-                kept = []
-            else:  # copied, as a loader process's memory holds a file open
+        kept = []
+        for number, batch in enumerate(self.loader):
+            pixels = batch["pixel_values"]
+            if number == 0:  # a full one
+                self.device, fits = pixels.device, len(self) * pixels.nbytes <= MOST_KEPT
+            if fits:  # copied, as a loader process's memory holds a file open
                 kept.append({name: _kept(part) for name, part in batch.items()})
-            self.device = batch["pixel_values"].device
             yield batch
-        if size <= MOST_KEPT:
-            self.kept = kept
+        self.kept = kept
 
 
 def _kept(part: torch.Tensor) -> torch.Tensor:
